@@ -1,0 +1,195 @@
+"""
+Files, written so that a kill at any moment leaves the old one or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+import tempfile
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_file"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def read(path: str) -> bytes | None:
+    """
+    Return a file's content.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.read /etc/postgresql/15/main/pg_hba.conf
+
+    path
+        Absolute path.
+
+    Returns its bytes, ``None`` if there is no such file. Raises ``CommandExecutionError`` if it
+    cannot be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return None
+    except OSError as err:
+        raise CommandExecutionError(f"{path}: cannot be read: {err.strerror}") from err
+
+
+def _uid(user: str) -> int:
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError as err:
+        raise CommandExecutionError(f"user {user} does not exist on this host") from err
+
+
+def _gid(group: str) -> int:
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError as err:
+        raise CommandExecutionError(f"group {group} does not exist on this host") from err
+
+
+def _sync_directory(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _owner(identity: int, lookup) -> str:
+    try:
+        return lookup(identity)[0]
+    except KeyError:
+        return str(identity)
+
+
+def differences(
+    path: str,
+    data: bytes | None,
+    user: str = "root",
+    group: str = "root",
+    mode: str = "0644",
+) -> dict:
+    """
+    Compare a file with what it should be, without showing its content.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.differences /etc/motd data=None
+
+    path
+        Absolute path.
+    data
+        The wanted bytes; ``None``: the file should not exist.
+    user, group
+        Names of the wanted owners.
+    mode
+        The wanted mode in octal.
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
+    ``CommandExecutionError`` if the file cannot be read.
+    """
+    present = read(path)
+    if data is None:
+        return {} if present is None else {path: {"old": "present", "new": "absent"}}
+    if present is None:
+        return {path: {"old": None, "new": "present"}}
+    changes: dict = {}
+    if present != data:
+        changes[path] = {"old": "another content", "new": "the wanted content"}
+    found = os.stat(path)
+    facts = {
+        "user": (_owner(found.st_uid, pwd.getpwuid), user),
+        "group": (_owner(found.st_gid, grp.getgrgid), group),
+        "mode": (f"{stat.S_IMODE(found.st_mode):04o}", f"{int(mode, 8):04o}"),
+    }
+    for what, (old, new) in facts.items():
+        if old != new:
+            changes[f"{path}: {what}"] = {"old": old, "new": new}
+    return changes
+
+
+def write(
+    path: str,
+    data: bytes,
+    user: str = "root",
+    group: str = "root",
+    mode: str = "0644",
+) -> None:
+    """
+    Write a file atomically and durably; its directory is made if it is missing.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.write /etc/motd 'Welcome'
+
+    path
+        Absolute path; a link is replaced, not followed.
+    data
+        The bytes (text is encoded as UTF-8).
+    user, group
+        Names of the owners.
+    mode
+        The mode in octal; the file is never wider than that, even for an instant.
+
+    Returns nothing. Raises ``CommandExecutionError`` if an owner is unknown or the disk refuses.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    uid, gid = _uid(user), _gid(group)
+    directory = os.path.dirname(path)
+    temporary = None
+    try:
+        os.makedirs(directory, mode=0o755, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".slmdb-", dir=directory)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            os.fchown(stream.fileno(), uid, gid)
+            os.fchmod(stream.fileno(), int(mode, 8))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        _sync_directory(directory)
+    except OSError as err:
+        raise CommandExecutionError(f"{path}: cannot be written: {err.strerror}") from err
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def remove(path: str) -> None:
+    """
+    Remove a file durably, if it is there.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.remove /etc/postgresql-common/createcluster.d/autobot-slm.conf
+
+    path
+        Absolute path.
+
+    Returns nothing. Raises ``CommandExecutionError`` if it cannot be removed.
+    """
+    try:
+        os.unlink(path)
+        _sync_directory(os.path.dirname(path))
+    except FileNotFoundError:
+        return
+    except OSError as err:
+        raise CommandExecutionError(f"{path}: cannot be removed: {err.strerror}") from err

@@ -1,0 +1,326 @@
+"""
+The one PostgreSQL instance: where it is, whether it runs, and how it comes to be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_instance"
+
+NAME = "main"
+UNIT = "autobot-slm-database"
+CONFIGURATION = "/etc/postgresql"
+DATA = "/var/lib/postgresql"
+SOCKETS = "/var/run/postgresql"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def systemd() -> bool:
+    """
+    Tell whether systemd runs this host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.systemd
+
+    Returns a boolean. Raises nothing.
+    """
+    return os.path.isdir("/run/systemd/system")
+
+
+def _existing() -> list[str]:
+    """The majors that have an instance of our name, lowest first."""
+    try:
+        majors = os.listdir(CONFIGURATION)
+    except OSError:
+        return []
+    found = [
+        major
+        for major in majors
+        if os.path.isfile(os.path.join(CONFIGURATION, major, NAME, "postgresql.conf"))
+    ]
+    return sorted(found, key=lambda major: [int(part) for part in re.findall(r"\d+", major)])
+
+
+def version() -> str:
+    """
+    Return the major of our instance: the one that exists, else the one to be made.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.version
+
+    Returns a string such as ``15``. Raises ``CommandExecutionError`` if pillar asks for another
+    major than the one that exists, or the distribution is unknown and pillar names none.
+    """
+    asked = __salt__["slmdb_pillar.get"]("version")
+    existing = _existing()
+    if existing and asked and str(asked) not in existing:
+        raise CommandExecutionError(
+            f"slm_database:version: {asked} is asked for, but instance {existing[-1]}/{NAME} exists; "
+            "a state does not upgrade across majors: remove the key, or upgrade first"
+        )
+    if asked:
+        return str(asked)
+    if existing:
+        return existing[-1]
+    offered = __salt__["slmdb_pillar.get"]("distribution", "version")
+    if not offered:
+        raise CommandExecutionError(
+            f"slm_database:version: no PostgreSQL major is known for "
+            f"{__grains__.get('osfinger')}; name one"
+        )
+    return str(offered)
+
+
+def _postmaster(data_directory: str) -> dict[str, Any]:
+    """What postmaster.pid says, if the process it names is alive and a PostgreSQL server."""
+    try:
+        with open(os.path.join(data_directory, "postmaster.pid"), encoding="utf-8") as stream:
+            lines = stream.read().splitlines()
+        pid, port = int(lines[0]), int(lines[3])
+        with open(f"/proc/{pid}/comm", encoding="utf-8") as stream:
+            alive = stream.read().startswith("postgres")
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as stream:
+            alive = alive and stream.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {"pid": pid, "port": port, "started": int(lines[2])} if alive else {}
+
+
+def _configured(path: str, name: str) -> str | None:
+    """The last value of a setting in a configuration file, without its quotes."""
+    pattern = re.compile(rf"^\s*{name}\s*[= ]\s*('(?:[^']|'')*'|[^\s#]+)", re.IGNORECASE)
+    value = None
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                found = pattern.match(line)
+                if found:
+                    value = found.group(1).strip("'")
+    except OSError:
+        return None
+    return value
+
+
+def facts() -> dict[str, Any]:
+    """
+    Return where the instance is and whether it runs.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.facts
+
+    Returns ``version``, ``name``, ``exists``, ``running``, ``pid``, ``started`` (seconds since the
+    epoch), ``port`` (in force, else configured, else wanted), ``wanted_port``, the directories
+    ``config_directory``, ``data_directory``, ``bin_directory``, ``socket_directory``, the files
+    ``config_file``, ``hba_file``, ``ident_file``, ``conf_file``, and ``unit``, ``systemd``,
+    ``user``. Raises ``CommandExecutionError`` if the major cannot be told.
+    """
+    major = version()
+    configuration = f"{CONFIGURATION}/{major}/{NAME}"
+    config_file = f"{configuration}/postgresql.conf"
+    conf_file = f"{configuration}/conf.d/50-autobot-slm.conf"
+    data = _configured(config_file, "data_directory") or f"{DATA}/{major}/{NAME}"
+    postmaster = _postmaster(data)
+    wanted = __salt__["slmdb_pillar.get"]("port")
+    configured = _configured(conf_file, "port") or _configured(config_file, "port")
+    return {
+        "version": major,
+        "name": NAME,
+        "exists": os.path.isfile(config_file),
+        "running": bool(postmaster),
+        "pid": postmaster.get("pid"),
+        "started": postmaster.get("started"),
+        "port": postmaster.get("port") or int(configured or wanted),
+        "wanted_port": wanted,
+        "config_directory": configuration,
+        "data_directory": data,
+        "bin_directory": f"/usr/lib/postgresql/{major}/bin",
+        "socket_directory": SOCKETS,
+        "config_file": config_file,
+        "hba_file": _configured(config_file, "hba_file") or f"{configuration}/pg_hba.conf",
+        "ident_file": _configured(config_file, "ident_file") or f"{configuration}/pg_ident.conf",
+        "conf_file": conf_file,
+        "unit": UNIT,
+        "systemd": systemd(),
+        "user": "postgres",
+    }
+
+
+def _listeners(port: int) -> list[str]:
+    """The local addresses on which anything listens at a TCP port, from the kernel."""
+    found = []
+    for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
+        try:
+            with open(path, encoding="ascii") as stream:
+                rows = [line.split() for line in stream.readlines()[1:]]
+        except OSError:
+            continue
+        for row in rows:
+            address, _, number = row[1].partition(":")
+            if row[3] == "0A" and int(number, 16) == port:
+                found.append(_address(address, family))
+    return found
+
+
+def _address(text: str, family: int) -> str:
+    words = [bytes.fromhex(text[at : at + 8])[::-1] for at in range(0, len(text), 8)]
+    return socket.inet_ntop(family, b"".join(words))
+
+
+def listens() -> list[str]:
+    """
+    Return the addresses on which something listens at the instance's port, asked of the kernel.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.listens
+
+    Returns a sorted list of addresses. Raises ``CommandExecutionError`` as ``facts`` does.
+    """
+    return sorted(set(_listeners(facts()["port"])))
+
+
+def port_problem() -> str | None:
+    """
+    Tell whether anything else holds the wanted port.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.port_problem
+
+    Returns one line, ``None`` if the port is ours or free. Raises ``CommandExecutionError`` as
+    ``facts`` does.
+    """
+    found = facts()
+    wanted = found["wanted_port"]
+    if found["running"] and found["port"] == wanted:
+        return None
+    holders = _listeners(wanted)
+    if not holders:
+        return None
+    return (
+        f"slm_database:port: {wanted} is held by another program "
+        f"(listens on {', '.join(sorted(set(holders)))}); end it or choose another port"
+    )
+
+
+def _unusable(found: dict[str, Any]) -> str | None:
+    """Why no instance may be made here, if it may not."""
+    data = found["data_directory"]
+    if found["exists"]:
+        if os.path.isfile(os.path.join(data, "PG_VERSION")):
+            return None
+        return (
+            f"instance {found['version']}/{NAME}: {found['config_directory']} exists but {data} "
+            f"holds no data; bring the data back, or pg_dropcluster {found['version']} {NAME}"
+        )
+    if os.path.isdir(data) and os.listdir(data):
+        return (
+            f"instance {found['version']}/{NAME}: {data} holds data but {found['config_directory']} "
+            "is missing; bring the configuration back, or move the data away"
+        )
+    return None
+
+
+def differences() -> dict:
+    """
+    Compare the host with "the instance exists".
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.differences
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if it exists. Raises
+    ``CommandExecutionError`` if data without configuration, or the reverse, is in the way.
+    """
+    found = facts()
+    trouble = _unusable(found)
+    if trouble:
+        raise CommandExecutionError(trouble)
+    if found["exists"]:
+        return {}
+    return {f"instance {found['version']}/{NAME}": {"old": None, "new": "present"}}
+
+
+def apply() -> None:
+    """
+    Create the instance, stopped, with the encoding, locale and checksums of the settings.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.apply
+
+    Returns nothing. Raises ``CommandExecutionError`` with the last line of ``pg_createcluster`` if
+    it fails; what it left is removed.
+    """
+    found = facts()
+    get = __salt__["slmdb_pillar.get"]
+    command = ["pg_createcluster", "--port", str(get("port")), "--start-conf", "auto"]
+    command += ["--locale", get("locale"), "--encoding", get("encoding")]
+    command += [found["version"], NAME, "--"]
+    if get("data_checksums"):
+        command.append("--data-checksums")
+    answer = __salt__["cmd.run_all"](command, python_shell=False, env={"LC_ALL": "C.UTF-8"})
+    if answer["retcode"]:
+        # pg_createcluster cleans up after a failed initdb itself; what a kill leaves is refused
+        # by differences(), which names the way out.
+        lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
+        raise CommandExecutionError(f"pg_createcluster: {lines[-1]}")
+
+
+def report() -> list[str]:
+    """
+    Name what differs from the settings and cannot be changed without rebuilding the instance.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.report
+
+    Returns one line per fact; empty if there is none. Raises ``CommandExecutionError`` if the
+    server does not answer.
+    """
+    get = __salt__["slmdb_pillar.get"]
+    row = __salt__["slmdb_server.query"](
+        "SELECT current_setting('data_checksums') AS checksums, pg_encoding_to_char(encoding) "
+        "AS encoding, datcollate AS locale FROM pg_database WHERE datname = %s",
+        [get("database")],
+    )
+    if not row:
+        return []
+    lines = []
+    if get("data_checksums") and row[0]["checksums"] != "on":
+        lines.append("data checksums are off; pg_checksums --enable turns them on while it is down")
+    for what in ("encoding", "locale"):
+        if row[0][what].lower().replace("-", "") != get(what).lower().replace("-", ""):
+            lines.append(
+                f"slm_database:{what}: {get(what)} is wanted, database {get('database')} has "
+                f"{row[0][what]}; only a dump and a restore change it"
+            )
+    return lines

@@ -1,0 +1,151 @@
+"""
+PostgreSQL's packages, and the driver that Salt's own Python needs to talk to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_package"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def names() -> list[str]:
+    """
+    Return the packages that the instance needs.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_package.names
+
+    Returns package names: server, client, contrib, and those of ``slm_database:packages``. Raises
+    ``CommandExecutionError`` if the major cannot be told.
+    """
+    get = __salt__["slmdb_pillar.get"]
+    major = __salt__["slmdb_instance.version"]()
+    wanted = [f"postgresql-{major}", f"postgresql-client-{major}"]
+    if get("distribution", "contrib"):
+        wanted.append(get("distribution", "contrib"))
+    if _system_python():
+        wanted.append("python3-psycopg2")
+    return wanted + [name for name in get("packages") if name not in wanted]
+
+
+def _system_python() -> bool:
+    """Whether Salt runs on the distribution's own Python, which pip may not touch (PEP 668)."""
+    return sys.prefix == sys.base_prefix and os.path.dirname(sys.executable) == "/usr/bin"
+
+
+def _driver_missing() -> bool:
+    importlib.invalidate_caches()
+    return not _system_python() and importlib.util.find_spec("psycopg2") is None
+
+
+def _missing() -> list[str]:
+    installed = __salt__["pkg.list_pkgs"]()
+    return [name for name in names() if name not in installed]
+
+
+def differences() -> dict:
+    """
+    Compare the host with "the packages are installed".
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_package.differences
+
+    Returns ``{package: {"old": None, "new": "installed"}}``, empty if none is missing. Raises
+    ``CommandExecutionError`` if the major cannot be told.
+    """
+    changes = {name: {"old": None, "new": "installed"} for name in _missing()}
+    if _driver_missing():
+        changes["psycopg2 in Salt's Python"] = {"old": None, "new": "installed"}
+    return changes
+
+
+def _offered(package: str) -> bool:
+    return bool(__salt__["pkg.latest_version"](package, refresh=False))
+
+
+def _unavailable(missing: list[str]) -> list[str]:
+    """The packages that the host's sources do not have, after a refresh if it takes one."""
+    absent = [name for name in missing if not _offered(name)]
+    if absent:
+        __salt__["pkg.refresh_db"]()
+        absent = [name for name in absent if not _offered(name)]
+    return absent
+
+
+def _last_word(text: object) -> str:
+    lines = [line for line in str(text).splitlines() if line.startswith(("E:", "dpkg:"))]
+    return (lines or str(text).strip().splitlines() or ["no output"])[-1]
+
+
+def apply() -> None:
+    """
+    Install what is missing; the server's package creates no instance of its own.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_package.apply
+
+    Returns nothing. Raises ``CommandExecutionError`` if the host's package sources do not have
+    one of them (nothing was touched then), or apt or pip fails.
+    """
+    missing = _missing()
+    absent = _unavailable(missing) if missing else []
+    if absent:
+        major = __salt__["slmdb_instance.version"]()
+        raise CommandExecutionError(
+            f"slm_database:version: PostgreSQL {major}: the package sources of this host do not "
+            f"offer {', '.join(absent)}; choose another version, or repository: pgdg"
+        )
+    if missing:
+        if not __salt__["slmdb_instance.facts"]()["exists"]:
+            path, text = __salt__["slmdb_package.no_cluster"]()
+            __salt__["slmdb_file.write"](path, text)
+        try:
+            __salt__["pkg.install"](pkgs=missing, refresh=False)
+        except CommandExecutionError as err:
+            raise CommandExecutionError(f"apt: {_last_word(err)}") from None
+    if _driver_missing():
+        _install_driver()
+
+
+def no_cluster() -> tuple[str, bytes]:
+    """
+    Return the file that keeps the server's package from creating an instance of its own.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_package.no_cluster
+
+    Returns its path and its content: locale, checksums and port of such an instance would be
+    those of the moment. Raises nothing.
+    """
+    return "/etc/postgresql-common/createcluster.d/autobot-slm.conf", b"create_main_cluster = false\n"
+
+
+def _install_driver() -> None:
+    answer = __salt__["cmd.run_all"](
+        [sys.executable, "-m", "pip", "install", "--quiet", "psycopg2-binary"], python_shell=False
+    )
+    if answer["retcode"] or _driver_missing():
+        lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
+        raise CommandExecutionError(f"pip install psycopg2-binary: {lines[-1]}")

@@ -1,0 +1,58 @@
+"""
+What the last apply was told, kept on the host for reports that come without a pillar.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+__virtualname__ = "slmdb_record"
+
+PATH = "/var/lib/autobot-slm-database/settings.json"
+INSTALLED = "/var/lib/autobot-slm-database/installed"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _text() -> bytes:
+    settings = __salt__["slmdb_pillar.settings"]()
+    return (json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n").encode()
+
+
+def differences() -> dict:
+    """
+    Compare the record with the settings of this run.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_record.differences
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
+    ``CommandExecutionError`` if a file cannot be read.
+    """
+    changes = __salt__["slmdb_file.differences"](PATH, _text(), mode="0640")
+    if __salt__["slmdb_file.read"](INSTALLED) is None:
+        changes[INSTALLED] = {"old": None, "new": "present"}
+    return changes
+
+
+def apply() -> None:
+    """
+    Write the record; it holds no secret, since no pillar of ours does.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_record.apply
+
+    Returns nothing. Raises ``CommandExecutionError`` if it cannot be written.
+    """
+    __salt__["slmdb_file.write"](PATH, _text(), mode="0640")
+    if __salt__["slmdb_file.read"](INSTALLED) is None:
+        __salt__["slmdb_file.write"](INSTALLED, f"{int(time.time())}\n".encode(), mode="0640")

@@ -1,0 +1,241 @@
+"""
+The running server, asked and told over its Unix socket as the superuser ``postgres``.
+
+root is admitted by peer through a ``pg_ident`` map; before that map is in force the connection is
+made with the effective user ``postgres``. One connection per database serves a whole run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+try:
+    import psycopg2
+    import psycopg2.extras
+except ImportError:
+    psycopg2 = None  # type: ignore[assignment]
+
+__virtualname__ = "slmdb_server"
+
+USER = "postgres"
+TIMEOUT = 10
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _driver() -> Any:
+    """psycopg2, which the run itself may have installed after this module was loaded."""
+    global psycopg2
+    if psycopg2 is None:
+        try:
+            import psycopg2
+            import psycopg2.extras
+        except ImportError as err:
+            raise CommandExecutionError(
+                "psycopg2 is missing in Salt's Python; state.apply slm_database.package installs it"
+            ) from err
+    return psycopg2
+
+
+def _line(err: Exception) -> str:
+    """The server's own words, without the statement that str() of the error would quote."""
+    primary = getattr(getattr(err, "diag", None), "message_primary", None)
+    if primary:
+        return primary
+    if isinstance(err, _driver().OperationalError) and not getattr(err, "pgcode", None):
+        return (str(err).strip().splitlines() or ["no answer"])[0]
+    return type(err).__name__
+
+
+@contextlib.contextmanager
+def _as_server_user() -> Iterator[None]:
+    """Peer authentication looks at the effective user of whoever connects."""
+    try:
+        uid = pwd.getpwnam(USER).pw_uid
+    except KeyError as err:
+        raise CommandExecutionError(f"user {USER} does not exist: no server is installed") from err
+    before = os.geteuid()
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def connect(database: str = USER, **overrides: Any) -> Any:
+    """
+    Open a connection of one's own to the instance as the superuser.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.available
+
+    database
+        Name of the database.
+    overrides
+        Parameters of libpq that replace ours.
+
+    Returns a psycopg2 connection, for callers in Python. Raises ``CommandExecutionError`` if the
+    server does not answer or refuses.
+    """
+    driver = _driver()
+    found = __salt__["slmdb_instance.facts"]()
+    parameters = {
+        "host": found["socket_directory"],
+        "port": found["port"],
+        "dbname": database,
+        "user": USER,
+        "passfile": os.devnull,
+        "application_name": "slmdb",
+        "connect_timeout": TIMEOUT,
+        "client_encoding": "UTF8",
+        "options": "",
+        **overrides,
+    }
+    try:
+        return driver.connect(**parameters)
+    except driver.OperationalError as first:
+        if os.geteuid() != 0 or "authentication failed" not in str(first).lower():
+            raise CommandExecutionError(_line(first)) from None
+    try:
+        with _as_server_user():
+            return driver.connect(**parameters)
+    except driver.OperationalError as err:
+        raise CommandExecutionError(_line(err)) from None
+
+
+def _connection(database: str) -> Any:
+    kept = __context__.setdefault("slmdb_connections", {})
+    started = __salt__["slmdb_instance.facts"]()["pid"]
+    connection, server = kept.get(database, (None, None))
+    if connection is None or connection.closed or server != started:
+        connection = connect(database)
+        connection.autocommit = True
+        kept[database] = (connection, started)
+    return connection
+
+
+def _run(connection: Any, statement: Any, parameters: Sequence | None) -> list[dict]:
+    with connection.cursor(cursor_factory=_driver().extras.RealDictCursor) as cursor:
+        cursor.execute(statement, parameters)
+        return [dict(row) for row in cursor.fetchall()] if cursor.description else []
+
+
+def query(statement: Any, parameters: Sequence | None = None, database: str = USER) -> list[dict]:
+    """
+    Ask the server.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.query "SELECT version()"
+
+    statement
+        SQL text or a ``psycopg2.sql.Composable``.
+    parameters
+        Values for its placeholders.
+    database
+        Name of the database.
+
+    Returns the rows, each a dictionary. Raises ``CommandExecutionError`` with the server's words.
+    """
+    driver = _driver()
+    try:
+        return _run(_connection(database), statement, parameters)
+    except (driver.OperationalError, driver.InterfaceError):
+        # The server was restarted under a connection that is kept: one fresh try.
+        forget()
+    except driver.Error as err:
+        raise CommandExecutionError(_line(err)) from None
+    try:
+        return _run(_connection(database), statement, parameters)
+    except driver.Error as err:
+        raise CommandExecutionError(_line(err)) from None
+
+
+def execute(statement: Any, parameters: Sequence | None = None, database: str = USER) -> None:
+    """
+    Tell the server to change something.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.execute "CHECKPOINT"
+
+    statement
+        SQL text or a ``psycopg2.sql.Composable``; or a list of pairs of statement and parameters,
+        which then run in one transaction.
+    parameters
+        Values for the placeholders of a single statement.
+    database
+        Name of the database.
+
+    Returns nothing. Raises ``CommandExecutionError`` with the server's words; nothing of a list
+    is left then.
+    """
+    driver = _driver()
+    try:
+        connection = _connection(database)
+        if not isinstance(statement, list):
+            _run(connection, statement, parameters)
+            return
+        connection.autocommit = False
+        try:
+            with connection:
+                for one, values in statement:
+                    _run(connection, one, values)
+        finally:
+            if not connection.closed:
+                connection.autocommit = True
+    except driver.Error as err:
+        raise CommandExecutionError(_line(err)) from None
+
+
+def forget() -> None:
+    """
+    Close the connections that are kept, for instance before the server is restarted.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.forget
+
+    Returns nothing, raises nothing.
+    """
+    for connection, _ in __context__.pop("slmdb_connections", {}).values():
+        with contextlib.suppress(Exception):
+            connection.close()
+
+
+def available() -> bool:
+    """
+    Tell whether the server runs and lets us in.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.available
+
+    Returns a boolean. Raises nothing.
+    """
+    try:
+        if not __salt__["slmdb_instance.facts"]()["running"]:
+            return False
+        query("SELECT 1")
+    except CommandExecutionError:
+        return False
+    return True

@@ -1,0 +1,181 @@
+"""
+The systemd unit that is the server, and what keeps Debian's own units off the instance.
+"""
+
+from __future__ import annotations
+
+import os
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_unit"
+
+SYSTEM = "/etc/systemd/system"
+
+# Type=notify and ExecReload follow PostgreSQL's own documentation ("Starting the Database Server");
+# TimeoutSec is infinity because crash recovery may take long. PartOf and ReloadPropagatedFrom let
+# `systemctl restart postgresql`, Debian's stub, reach the server.
+TEXT = """\
+[Unit]
+Description=PostgreSQL of the AutoBot SLM (instance {version}/{name})
+Documentation=man:postgres(1)
+After=network.target
+Before=autobot-slm-backend.service
+PartOf=postgresql.service
+ReloadPropagatedFrom=postgresql.service
+RequiresMountsFor={config_directory} {data_directory}
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+User=postgres
+Group=postgres
+Environment=PG_OOM_ADJUST_FILE=/proc/self/oom_score_adj PG_OOM_ADJUST_VALUE=0
+ExecStart={bin_directory}/postgres -D {data_directory} -c config_file={config_file}
+ExecReload=/bin/kill -HUP $MAINPID
+KillMode=mixed
+KillSignal=SIGINT
+OOMScoreAdjust=-900
+Restart=on-failure
+RestartSec=1
+TimeoutSec=infinity
+SyslogIdentifier={unit}
+
+[Install]
+WantedBy=multi-user.target postgresql.service
+"""
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _paths(found: dict) -> dict[str, str]:
+    return {
+        "unit": f"{SYSTEM}/{found['unit']}.service",
+        "mask": f"{SYSTEM}/postgresql@{found['version']}-{found['name']}.service",
+        "start": f"{found['config_directory']}/start.conf",
+    }
+
+
+def _text(found: dict) -> bytes:
+    backend = __salt__["slmdb_pillar.get"]("backend", "unit")
+    text = TEXT.format(**found).replace("autobot-slm-backend.service", f"{backend}.service")
+    return text.encode()
+
+
+def _start_conf(path: str) -> str | None:
+    data = __salt__["slmdb_file.read"](path)
+    if data is None:
+        return None
+    words = [line.split("#")[0].strip() for line in data.decode(errors="replace").splitlines()]
+    return next((word for word in words if word), "auto")
+
+
+def differences() -> dict:
+    """
+    Compare the host with "our unit is the one that starts the instance".
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_unit.differences
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs or systemd does not run
+    this host. Raises ``CommandExecutionError`` if a file cannot be read.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    if not found["systemd"]:
+        return {}
+    paths = _paths(found)
+    changes = __salt__["slmdb_file.differences"](paths["unit"], _text(found))
+    if os.path.realpath(paths["mask"]) != os.devnull:
+        changes[os.path.basename(paths["mask"])] = {"old": "not masked", "new": "masked"}
+    if _start_conf(paths["start"]) != "manual":
+        changes[paths["start"]] = {"old": _start_conf(paths["start"]), "new": "manual"}
+    return changes
+
+
+def apply() -> None:
+    """
+    Write our unit, mask Debian's unit of the instance, and set its ``start.conf`` to ``manual``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_unit.apply
+
+    Returns nothing. Raises ``CommandExecutionError`` if a file cannot be written or systemd does
+    not read it.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    if not found["systemd"]:
+        return
+    paths = _paths(found)
+    changes = differences()
+    if paths["unit"] in changes or any(key.startswith(paths["unit"]) for key in changes):
+        __salt__["slmdb_file.write"](paths["unit"], _text(found))
+    if paths["start"] in changes:
+        __salt__["slmdb_file.write"](
+            paths["start"], b"manual\n", user=found["user"], group=found["user"]
+        )
+    if not os.path.islink(paths["mask"]):
+        if os.path.exists(paths["mask"]):
+            raise CommandExecutionError(
+                f"{paths['mask']} is a unit somebody else wrote; remove it, or move it away"
+            )
+        os.symlink(os.devnull, paths["mask"])
+    reload_units()
+
+
+def reload_units() -> None:
+    """
+    Let systemd read its units again.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_unit.reload_units
+
+    Returns nothing. Raises ``CommandExecutionError`` if systemd refuses.
+    """
+    answer = __salt__["cmd.run_all"](["systemctl", "daemon-reload"], python_shell=False)
+    if answer["retcode"]:
+        raise CommandExecutionError(f"systemctl daemon-reload: {answer['stderr'].strip()}")
+
+
+def remove() -> list[str]:
+    """
+    Undo what ``apply`` did: our unit, the mask, and ``start.conf`` back to ``auto``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_unit.remove
+
+    Returns the paths that were changed. Raises ``CommandExecutionError`` if one cannot be.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    paths = _paths(found)
+    done = []
+    if os.path.exists(paths["unit"]):
+        command = ["systemctl", "disable", "--now", found["unit"]]
+        __salt__["slmdb_server.forget"]()
+        __salt__["cmd.run_all"](command, python_shell=False)
+        __salt__["slmdb_file.remove"](paths["unit"])
+        done.append(paths["unit"])
+    if os.path.islink(paths["mask"]):
+        __salt__["slmdb_file.remove"](paths["mask"])
+        done.append(paths["mask"])
+    if found["exists"] and _start_conf(paths["start"]) == "manual":
+        __salt__["slmdb_file.write"](
+            paths["start"], b"auto\n", user=found["user"], group=found["user"]
+        )
+        done.append(paths["start"])
+    if done and found["systemd"]:
+        reload_units()
+    return done

@@ -1,0 +1,54 @@
+"""
+The one way in which a state of this formula makes something true.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+__virtualname__ = "slmdb"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _answer(name: str, result: bool | None, comment: str, changes: dict | None = None) -> dict:
+    return {"name": name, "result": result, "comment": comment, "changes": changes or {}}
+
+
+def converge(name: str, noun: str, wanted: dict[str, Any] | None = None, server: bool = False):
+    """
+    Make a noun what it should be: read, compare, return if equal, write, read again.
+
+    name
+        The state's name.
+    noun
+        The execution module, e.g. ``slmdb_role``; it offers ``differences`` and ``apply``.
+    wanted
+        Keyword arguments for both; empty: as the formula's settings say.
+    server
+        Whether a running server is needed: in test mode a host that has none yet is told that the
+        change waits for it.
+
+    Returns a state's result dictionary. An error becomes a failed result with its one line.
+    """
+    wanted = wanted or {}
+    try:
+        if server and __opts__["test"] and not __salt__["slmdb_server.available"]():
+            changes = {name: {"old": None, "new": "decided when the server runs"}}
+            return _answer(name, None, "The server does not run yet.", changes)
+        changes = __salt__[f"{noun}.differences"](**wanted)
+        if not changes:
+            return _answer(name, True, "Already as it should be.")
+        if __opts__["test"]:
+            return _answer(name, None, "Would be changed.", changes)
+        __salt__[f"{noun}.apply"](**wanted)
+        left = __salt__[f"{noun}.differences"](**wanted)
+    except (CommandExecutionError, SaltInvocationError) as err:
+        return _answer(name, False, err.strerror if hasattr(err, "strerror") else str(err))
+    if left:
+        return _answer(name, False, f"Did not converge: {', '.join(sorted(left))}.", changes)
+    return _answer(name, True, "Changed.", changes)

@@ -1,0 +1,21 @@
+"""
+The backend's unit has our drop-in.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_backend"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def present(name: str) -> dict:
+    """
+    The backend's unit has our drop-in.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_backend")

@@ -1,0 +1,24 @@
+"""
+Databases of the server.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_database"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def present(name: str, databases: dict | None = None) -> dict:
+    """
+    The databases exist with their owners and extensions, and PUBLIC has no rights in them.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    databases
+        Names with ``owner``, ``encoding``, ``locale``, ``extensions``; default: the settings'.
+    """
+    wanted = {} if databases is None else {"databases": databases}
+    return __states__["slmdb.converge"](name, "slmdb_database", wanted, server=True)

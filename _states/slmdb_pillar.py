@@ -1,0 +1,33 @@
+"""
+The pillar, checked as a whole before any of it is used.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_pillar"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def valid(name: str, defaults: str = "", distributions: str = "") -> dict:
+    """
+    Fail, with one line per mistake, unless everything below ``slm_database`` in pillar is right.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    defaults, distributions
+        The formula's own files, named so that salt-ssh carries them to the host.
+
+    Example:
+
+    .. code-block:: yaml
+
+        The pillar is valid:
+          slmdb_pillar.valid
+    """
+    __salt__["slmdb_pillar.begin_run"]()
+    mistakes = __salt__["slmdb_pillar.problems"]()
+    comment = "\n".join(mistakes) or "The pillar is valid."
+    return {"name": name, "changes": {}, "result": not mistakes, "comment": comment}

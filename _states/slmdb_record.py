@@ -1,0 +1,21 @@
+"""
+The settings of this run are recorded for later reports.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_record"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def present(name: str) -> dict:
+    """
+    The settings of this run are recorded for later reports.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_record")

@@ -1,0 +1,24 @@
+"""
+Roles of the server.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_role"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def present(name: str, roles: dict | None = None) -> dict:
+    """
+    The roles exist with exactly the wanted attributes.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    roles
+        Role names with ``login``, ``member_of``, ``connection_limit``; default: the settings'.
+    """
+    wanted = {} if roles is None else {"roles": roles}
+    return __states__["slmdb.converge"](name, "slmdb_role", wanted, server=True)

@@ -1,0 +1,21 @@
+"""
+Our systemd unit is the one that starts the instance.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_unit"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def present(name: str) -> dict:
+    """
+    Our systemd unit is the one that starts the instance.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_unit")
