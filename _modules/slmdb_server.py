@@ -151,17 +151,16 @@ def query(statement: Any, parameters: Sequence | None = None, database: str = US
     Returns the rows, each a dictionary. Raises ``CommandExecutionError`` with the server's words.
     """
     driver = _driver()
-    try:
-        return _run(_connection(database), statement, parameters)
-    except (driver.OperationalError, driver.InterfaceError):
-        # The server was restarted under a connection that is kept: one fresh try.
+    for last_try in (False, True):
+        connection = _connection(database)
+        try:
+            return _run(connection, statement, parameters)
+        except driver.Error as err:
+            # Only a server that was restarted under a connection that is kept earns a fresh try.
+            if last_try or not connection.closed:
+                raise CommandExecutionError(_line(err)) from None
         forget()
-    except driver.Error as err:
-        raise CommandExecutionError(_line(err)) from None
-    try:
-        return _run(_connection(database), statement, parameters)
-    except driver.Error as err:
-        raise CommandExecutionError(_line(err)) from None
+    return []
 
 
 def execute(statement: Any, parameters: Sequence | None = None, database: str = USER) -> None:

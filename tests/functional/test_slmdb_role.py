@@ -1,0 +1,71 @@
+"""Roles: made, altered, repaired, and never more than what was asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+ROLES = {"autobot_slm": {"login": True}, "reader's \"quoted\" ö": {"member_of": ["pg_monitor"]}}
+
+
+def test_the_application_role_has_no_special_rights(server):
+    """An empty pillar gives one role that may log in and nothing else."""
+    result = server.state("slmdb_role.present")
+    assert result.result is True
+    role = server.call("slmdb_role.read", ["autobot_slm"])["autobot_slm"]
+    assert role["login"] is True
+    rights = ("superuser", "createdb", "createrole", "replication", "bypassrls")
+    assert not any(role[what] for what in rights)
+
+
+def test_a_second_apply_changes_nothing(server):
+    """Apply, apply again, test mode: the changes are announced, made, and gone."""
+    announced = server.state("slmdb_role.present", test=True, roles=ROLES)
+    assert announced.result is None
+    assert server.call("slmdb_role.read", list(ROLES)) == {}
+    made = server.state("slmdb_role.present", roles=ROLES)
+    assert made.result is True
+    assert made.changes == announced.changes
+    again = server.state("slmdb_role.present", roles=ROLES)
+    assert (again.result, again.changes) == (True, {})
+
+
+@pytest.mark.parametrize(
+    "drift",
+    [
+        "ALTER ROLE autobot_slm SUPERUSER",
+        "ALTER ROLE autobot_slm CREATEDB CREATEROLE",
+        "ALTER ROLE autobot_slm NOLOGIN",
+        "ALTER ROLE autobot_slm CONNECTION LIMIT 3",
+        "DROP ROLE autobot_slm",
+    ],
+)
+def test_drift_is_repaired(server, drift):
+    """Whatever somebody did to the role is undone, and test mode says so first."""
+    server.state("slmdb_role.present")
+    server.call("slmdb_server.execute", drift)
+    announced = server.state("slmdb_role.present", test=True)
+    assert announced.result is None and announced.changes
+    repaired = server.state("slmdb_role.present")
+    assert (repaired.result, repaired.changes) == (True, announced.changes)
+    assert server.call("slmdb_role.differences") == {}
+
+
+def test_a_group_that_does_not_exist_is_the_server_s_one_line(server):
+    """One transaction: the role that would have been fine is not made either."""
+    result = server.state(
+        "slmdb_role.present", roles={"good": {}, "bad": {"member_of": ["nobody_here"]}}
+    )
+    assert result.result is False
+    assert str(result.comment) == 'role "nobody_here" does not exist'
+    assert server.call("slmdb_role.read", ["good", "bad"]) == {}
+
+
+def test_a_role_that_owns_something_is_not_dropped(server):
+    """Dropping says why it cannot."""
+    server.state("slmdb_role.present")
+    server.state("slmdb_database.present")
+    with pytest.raises(Exception, match="role autobot_slm: .*cannot be dropped"):
+        server.call("slmdb_role.drop", "autobot_slm")
+    server.call("slmdb_database.drop", "autobot_slm")
+    server.call("slmdb_role.drop", "autobot_slm")
+    assert server.call("slmdb_role.read", ["autobot_slm"]) == {}
