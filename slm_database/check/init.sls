@@ -1,0 +1,24 @@
+# Comes before everything else, in every SLS of the formula: a minion that has never seen the
+# formula gets its modules, one that has an older version gets the new ones, and the pillar is
+# checked as a whole before anything on the host is touched.
+#
+# The sync happens while this renders, because a state that syncs is not executed with test=True.
+# salt-ssh ships the modules by itself, and a sync there would delete what it shipped.
+{%- set new = [] %}
+{%- if "__master_opts__" not in opts %}
+{%-   set environments = none if saltenv in (none, "base") else "base," ~ saltenv %}
+{%-   do new.extend(salt["saltutil.sync_modules"](saltenv=environments, refresh=False)) %}
+{%-   do new.extend(salt["saltutil.sync_states"](saltenv=environments, refresh=False)) %}
+{%- endif %}
+
+The formula is loaded:
+  test.nop:
+    - order: 1
+{%- if new %}
+    - force_reload_modules: true
+{%- endif %}
+
+The pillar is valid:
+  slmdb_pillar.valid:
+    - require:
+      - test: The formula is loaded
