@@ -1,0 +1,392 @@
+"""
+Check the pillar as a whole: every key, every value, and what must fit together.
+
+One table says which keys there are and of which kind (see ``slmdb_kinds``) their values are.
+In it a dictionary stands for a mapping with exactly these keys, and a tuple for a kind with its
+arguments or for one of these:
+
+* ``("list", SPEC)`` a list, ``("some", SPEC)`` a list that is not empty
+* ``("names", KIND, SPEC)`` a mapping from names of that kind
+* ``("null", SPEC)`` null as well
+* ``("one", {…}, KEYS)`` a mapping in which KEYS must be there
+* ``("either", TYPE, SPEC, SPEC)`` the first if the value is of that type, else the second
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterator
+from typing import Any
+
+__virtualname__ = "slmdb_schema"
+
+TOP = "slm_database"
+HIDDEN_KINDS = {"environment_key", "option_value", "pillar_key", "setting_value", "text", "uri"}
+HIDDEN_BELOW = {"adopt", "roles", "secret", "settings"}
+SECRET_WORD = re.compile(r"pass(w|phrase|$)|pw$|secret|token|credential", re.IGNORECASE)
+SECRET_OPTIONS = {"ldapbindpasswd", "radiussecrets"}
+HOST_TYPES = ("host", "hostssl", "hostnossl", "hostgssenc", "hostnogssenc")
+
+_SECRET_FILE = {
+    "file": "path",
+    "key": "environment_key",
+    "owner": "user",
+    "group": "user",
+    "mode": "mode",
+}
+_RULE = (
+    "one",
+    {
+        "type": ("choice", "local", *HOST_TYPES),
+        "database": ("either", list, ("some", "rule_name"), "rule_name"),
+        "user": ("either", list, ("some", "rule_name"), "rule_name"),
+        "address": "address",
+        "method": "method",
+        "options": ("names", "setting", ("either", bool, "boolean", "option_value")),
+    },
+    ("type", "database", "user", "method"),
+)
+_IDENT = (
+    "one",
+    {"map": "identifier", "system_user": "user", "database_user": "identifier"},
+    ("map", "system_user", "database_user"),
+)
+_WINDOW = (
+    "either",
+    dict,
+    (
+        "one",
+        {"rrule": "rrule", "start": "time", "duration": "duration", "timezone": "timezone"},
+        ("rrule", "start", "duration"),
+    ),
+    "window",
+)
+_DATABASE = {
+    "owner": "identifier",
+    "encoding": "encoding",
+    "locale": "locale",
+    "extensions": ("list", "identifier"),
+}
+_ROLE = {
+    "secret": ("one", _SECRET_FILE, ("file", "key")),
+    "password_pillar": "pillar_key",
+    "member_of": ("list", "identifier"),
+    "connection_limit": ("integer", -1, 10000),
+}
+SCHEMA: dict[str, Any] = {
+    "version": ("null", "major"),
+    "repository": ("choice", "distribution", "pgdg"),
+    "pgdg": {
+        "uri": "uri",
+        "suite": ("null", "suite"),
+        "component": "component",
+        "key": "path",
+        "fingerprint": "fingerprint",
+    },
+    "packages": ("list", "package"),
+    "port": ("integer", 1, 65535),
+    "listen_addresses": ("some", "listen_address"),
+    "allow_remote": "boolean",
+    "locale": "locale",
+    "encoding": "encoding",
+    "data_checksums": "boolean",
+    "database": "database",
+    "role": "role",
+    "extensions": ("list", "identifier"),
+    "databases": ("names", "database", ("null", _DATABASE)),
+    "roles": ("names", "role", ("null", _ROLE)),
+    "settings": ("names", "setting", "setting_value"),
+    "allow_unsafe": ("list", "setting"),
+    "restart": ("choice", "window", "now"),
+    "tuning": {
+        "profile": ("choice", "colocated", "dedicated", "small", "off"),
+        "memory": ("null", "size"),
+    },
+    "hba": {
+        "preset": ("choice", "default", "hardened"),
+        "backend_user": "user",
+        "before": ("list", _RULE),
+        "after": ("list", _RULE),
+        "ident": ("list", _IDENT),
+    },
+    "secret": {
+        **_SECRET_FILE,
+        "url_keys": ("list", "environment_key"),
+        "url_driver": "url_driver",
+        "generate_missing": ("list", "environment_key"),
+        "expected_keys": ("list", "environment_key"),
+        "length": ("integer", 32, 256),
+        "from_pillar": ("null", "pillar_key"),
+        "rotate_every": ("null", "rotation"),
+        "rotate_backend": ("choice", "restart", "reload", "none"),
+    },
+    "adopt": {
+        "credentials_file": "path",
+        "role": "identifier",
+        "databases": ("names", "database", "database"),
+        "rename": "boolean",
+    },
+    "backend": {
+        "unit": "unit",
+        "user": "user",
+        "directory": "path",
+        "venv": "relative_path",
+        "protect_home": ("choice", "read-only", "tmpfs", "no"),
+    },
+    "health": {"timeout": ("amount", 0.1, 60), "tables": ("list", "identifier")},
+    "migration": {
+        "alembic_ini": "relative_path",
+        "database": ("null", "database"),
+        "version_table": "identifier",
+        "version_schema": "identifier",
+        "target": "revision",
+        "timeout": ("integer", 1, 86400),
+        "lock_timeout": ("integer", 1, 3600),
+        "initialize": ("null", "text"),
+    },
+    "maintenance": {
+        "policy": ("choice", "manual", "window", "auto"),
+        "windows": ("list", _WINDOW),
+        "approve": "boolean",
+    },
+    "backup": {"enabled": "boolean"},
+    "clean": {"data": "boolean", "role": "boolean", "secret": "boolean", "packages": "boolean"},
+}
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _join(path: str, key: Any) -> str:
+    plain = isinstance(key, int) or (
+        isinstance(key, str) and re.fullmatch(r"[\w.+@ -]{1,60}", key, re.ASCII)
+    )
+    return f"{path}:{key if plain else __salt__['slmdb_kinds.show'](key)}"
+
+
+def _unknown(path: str, key: Any, known: Any) -> str:
+    """Say what to write instead of a key that does not exist, without its value."""
+    if isinstance(key, str) and SECRET_WORD.search(key):
+        return (
+            f"{_join(path, key)}: no password is taken from pillar; let the host make one in a "
+            "secret file, or name the pillar key that holds it (secret:from_pillar for the "
+            "application, password_pillar for another role)"
+        )
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+    advice = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(sorted(known))}"
+    return f"{_join(path, key)}: there is no such key; {advice}"
+
+
+def _wrong_type(path: str, value: Any, wanted: str) -> str:
+    return f"{path}: {__salt__['slmdb_kinds.show'](value, hidden=True)} is given; allowed: {wanted}"
+
+
+def _mapping(fields: dict) -> str:
+    return "a mapping with " + ", ".join([*list(fields)[:8], *(["..."] if len(fields) > 8 else [])])
+
+
+def _fields(fields: dict, value: Any, path: str, required: tuple[str, ...] = ()) -> Iterator[str]:
+    """Check a mapping with exactly these keys."""
+    if not isinstance(value, dict):
+        yield _wrong_type(path, value, _mapping(fields))
+        return
+    for key, item in value.items():
+        if isinstance(key, str) and key in fields:
+            yield from _walk(fields[key], item, _join(path, key))
+        else:
+            yield _unknown(path, key, fields)
+    for key in required:
+        if key not in value:
+            yield f"{_join(path, key)}: is missing"
+
+
+def _names(key_kind: str, spec: Any, value: Any, path: str) -> Iterator[str]:
+    """Check a mapping from names to something."""
+    if not isinstance(value, dict):
+        yield _wrong_type(path, value, "a mapping from names")
+        return
+    for key, item in value.items():
+        below = _join(path, key)
+        line = __salt__["slmdb_kinds.mistake"](key_kind, key)
+        if line:
+            yield f"{below}: {line}"
+        yield from _walk(spec, item, below)
+
+
+def _items(spec: Any, value: Any, path: str, least: int) -> Iterator[str]:
+    """Check a list."""
+    if not isinstance(value, list):
+        yield _wrong_type(path, value, "a list")
+    elif len(value) < least:
+        yield f"{path}: an empty list is given; allowed: a list of at least {least}"
+    else:
+        for position, item in enumerate(value):
+            yield from _walk(spec, item, _join(path, position))
+
+
+def _leaf(kind: str, arguments: tuple, value: Any, path: str) -> Iterator[str]:
+    below = HIDDEN_BELOW.intersection(path.split(":"))
+    hidden = kind in HIDDEN_KINDS or bool(below and isinstance(value, str))
+    line = __salt__["slmdb_kinds.mistake"](kind, value, arguments, hidden=hidden)
+    if line:
+        yield f"{path}: {line}"
+
+
+def _walk(spec: Any, value: Any, path: str) -> Iterator[str]:
+    """Check a value against what the table says of it."""
+    if isinstance(spec, dict):
+        yield from _fields(spec, value, path)
+        return
+    what, *more = (spec,) if isinstance(spec, str) else spec
+    if what in ("list", "some"):
+        yield from _items(more[0], value, path, least=int(what == "some"))
+    elif what == "names":
+        yield from _names(more[0], more[1], value, path)
+    elif what == "one":
+        yield from _fields(more[0], value, path, more[1])
+    elif what == "either":
+        yield from _walk(more[1] if isinstance(value, more[0]) else more[2], value, path)
+    elif what != "null":
+        yield from _leaf(what, tuple(more), value, path)
+    elif value is not None:
+        yield from _walk(more[0], value, path)
+
+
+def _part(pillar: dict, *keys: str, of: type) -> Any:
+    """Return a part of the pillar if it is there and of the type, else an empty one."""
+    value: Any = pillar
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, of) else of()
+
+
+def _text(pillar: dict, *keys: str) -> str:
+    """Return a text from the pillar, else what the defaults say."""
+    return _part(pillar, *keys, of=str) or str(__salt__["slmdb_pillar.get"](*keys))
+
+
+def _loopback(address: Any) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address != "*"
+
+
+def _check_network(pillar: dict) -> Iterator[str]:
+    """Addresses off loopback need the explicit key."""
+    if pillar.get("allow_remote") is True:
+        return
+    for position, address in enumerate(_part(pillar, "listen_addresses", of=list)):
+        if isinstance(address, str) and not _loopback(address):
+            yield (
+                f"{TOP}:listen_addresses:{position}: {address} is not a loopback address; "
+                f"to listen there on purpose, set {TOP}:allow_remote: true"
+            )
+
+
+def _check_settings(pillar: dict) -> Iterator[str]:
+    """What has a key of its own is not set twice."""
+    for name in _part(pillar, "settings", of=dict):
+        if name in ("port", "listen_addresses"):
+            yield f"{TOP}:settings:{name}: has a key of its own; set {TOP}:{name}"
+
+
+def _check_owners(pillar: dict) -> Iterator[str]:
+    """A database belongs to a declared role; the application's own pair is described elsewhere."""
+    role, database = _text(pillar, "role"), _text(pillar, "database")
+    roles = _part(pillar, "roles", of=dict)
+    if role in roles:
+        yield (
+            f"{TOP}:roles:{role}: is the application's role; "
+            f"describe it by {TOP}:role and {TOP}:secret"
+        )
+    for name, described in _part(pillar, "databases", of=dict).items():
+        if name == database:
+            yield (
+                f"{TOP}:databases:{name}: is the application's database; "
+                f"describe it by {TOP}:database"
+            )
+        owner = _part(pillar, "databases", name, "owner", of=str)
+        if isinstance(described, dict) and owner and owner != role and owner not in roles:
+            yield f'{TOP}:databases:{name}:owner: "{owner}" is not declared; add it to {TOP}:roles'
+
+
+def _check_passwords(pillar: dict) -> Iterator[str]:
+    """A role has one source for its password."""
+    for name, role in _part(pillar, "roles", of=dict).items():
+        if isinstance(role, dict) and "secret" in role and "password_pillar" in role:
+            path = _join(f"{TOP}:roles", name)
+            yield f"{path}: has both secret and password_pillar; allowed: one of them"
+
+
+def _check_keys(pillar: dict) -> Iterator[str]:
+    """No key of the secret file is used for two things."""
+    ours = {_text(pillar, "secret", "key"): f"{TOP}:secret:key"}
+    ours[f"{next(iter(ours))}_NEXT"] = "the next password during a rotation"
+    for name in ("url_keys", "generate_missing"):
+        for position, key in enumerate(_part(pillar, "secret", name, of=list)):
+            if isinstance(key, str) and key in ours:
+                yield f"{TOP}:secret:{name}:{position}: this name is already that of {ours[key]}"
+            elif isinstance(key, str):
+                ours[key] = f"{TOP}:secret:{name}:{position}"
+
+
+def _check_rule(rule: dict, path: str) -> Iterator[str]:
+    remote = rule.get("type") in HOST_TYPES
+    if rule.get("type") == "local" and "address" in rule:
+        yield f"{path}:address: a local rule has no address; remove it or write type: host"
+    if remote and "address" not in rule:
+        yield f"{path}:address: is missing; a {rule['type']} rule needs one, such as 10.1.2.0/24"
+    if remote and rule.get("method") == "peer":
+        yield f"{path}:method: peer works for local rules only"
+    for option in sorted(SECRET_OPTIONS.intersection(_part(rule, "options", of=dict))):
+        yield (
+            f"{path}:options:{option}: is a password; "
+            "none is taken from pillar, so this option cannot be used"
+        )
+
+
+def _check_rules(pillar: dict) -> Iterator[str]:
+    """A rule's parts fit together."""
+    for place in ("before", "after"):
+        for position, rule in enumerate(_part(pillar, "hba", place, of=list)):
+            if isinstance(rule, dict):
+                yield from _check_rule(rule, f"{TOP}:hba:{place}:{position}")
+
+
+CHECKS = (
+    _check_network,
+    _check_settings,
+    _check_owners,
+    _check_passwords,
+    _check_keys,
+    _check_rules,
+)
+
+
+def problems(pillar: Any) -> list[str]:
+    """
+    Check what pillar holds under ``slm_database`` as a whole.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_schema.problems '{"port": 70000}'
+
+    pillar
+        What pillar holds: a mapping, or nothing. Anything else is one mistake.
+
+    Returns a list of lines, one per mistake, each with the key's full path, what was given and
+    what is allowed; a value that could be a secret is never in it. Raises nothing for any pillar.
+    """
+    if pillar is None:
+        return []
+    lines = list(_fields(SCHEMA, pillar, TOP))
+    if isinstance(pillar, dict):
+        for check in CHECKS:
+            lines.extend(check(pillar))
+    return list(dict.fromkeys(lines))
