@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import shutil
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class Minion:
-    """Salt in this process, with one pillar."""
+    """Salt in this process; making one is slow, giving it another pillar is not."""
 
-    def __init__(self, pillar: dict | None, directory: Path, **options):
-        directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory: Path, **options):
+        self.directory = directory
+        self._pillar = directory / "pillar"
+        self._pillar.mkdir(parents=True)
+        self._write(None)
         config = {
             "id": "slm.19",
             "file_client": "local",
@@ -28,23 +32,28 @@ class Minion:
             "pki_dir": str(directory / "pki"),
             "log_file": str(directory / "minion.log"),
             "file_roots": {"base": [str(CHECKOUT)]},
-            "pillar_roots": {"base": [str(directory / "pillar")]},
+            "pillar_roots": {"base": [str(self._pillar)]},
             **options,
         }
         path = directory / "minion"
-        path.write_text(salt.utils.yaml.safe_dump(config))
-        self.directory = directory
+        path.write_text(json.dumps(config))
         opts = salt.config.minion_config(str(path), cache_minion_id=False)
-        opts["pillar"] = copy.deepcopy(pillar or {})
-        self.loaders = _PillarLoaders(opts)
+        self.loaders = Loaders(opts)
+        self.modules, self.states = self.loaders.modules, self.loaders.states
 
-    @property
-    def modules(self):
-        return self.loaders.modules
+    def _write(self, pillar: dict | None) -> None:
+        (self._pillar / "top.sls").write_text(json.dumps({"base": {"*": ["slm"]}}))
+        (self._pillar / "slm.sls").write_text(json.dumps(pillar or {}))
 
-    @property
-    def states(self):
-        return self.loaders.states
+    def tell(self, pillar: dict | None) -> Minion:
+        """Give another pillar, and forget what was cached of the last run."""
+        self._write(pillar)
+        self.modules["slmdb_server.forget"]()
+        self.loaders.context.clear()
+        told = self.loaders.opts["pillar"]
+        told.clear()
+        told.update(copy.deepcopy(pillar or {}))
+        return self
 
     def call(self, function: str, *arguments, **keywords):
         """An execution module's function, as other modules call it."""
@@ -55,12 +64,7 @@ class Minion:
         return self.states[function](name=name, test=test, **keywords)
 
 
-class _PillarLoaders(Loaders):
-    """Loaders whose pillar is what the test says."""
-
-    @property
-    def pillar(self):
-        return copy.deepcopy(self._original_opts["pillar"])
+MADE: dict[str, Minion] = {}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,25 +73,31 @@ def _private_world():
     worlds.fresh()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def minions(tmp_path_factory):
-    """Make a Salt for a pillar: `minions({"slm_database": {...}})`."""
-    made = []
+    """Give a Salt with a pillar: `minions({"slm_database": {...}})`; one for each set of options."""
 
-    def make(pillar: dict | None = None, **options) -> Minion:
-        directory = tmp_path_factory.mktemp("salt")
-        made.append(directory)
-        return Minion(pillar, directory, **options)
+    def give(pillar: dict | None = None, **options) -> Minion:
+        key = json.dumps(options, sort_keys=True)
+        if key not in MADE:
+            MADE[key] = Minion(tmp_path_factory.mktemp("salt"), **options)
+        return MADE[key].tell(pillar)
 
-    yield make
-    for directory in made:
-        shutil.rmtree(directory, ignore_errors=True)
+    return give
 
 
 @pytest.fixture
 def bare():
     """A host with PostgreSQL's packages and no instance."""
     worlds.fresh()
+
+
+def start_server(minion: Minion) -> None:
+    """What `pg_ctlcluster start` does, without its two seconds of patience."""
+    found = minion.call("slmdb_instance.facts")
+    program = [f"{found['bin_directory']}/pg_ctl", "-D", found["data_directory"], "-w", "-s"]
+    program += ["-o", f"-c config_file={found['config_file']}", "-l", "/var/log/postgresql/test.log"]
+    subprocess.run(["runuser", "-u", "postgres", "--", *program, "start"], check=True, cwd="/")
 
 
 def _instance(minions) -> None:
@@ -110,7 +120,7 @@ def server(minions):
     """A host with a new instance, running, and a Salt with an empty pillar to ask it with."""
     _instance(minions)
     minion = minions()
-    minion.call("slmdb_service.start")
+    start_server(minion)
     yield minion
     minion.call("slmdb_server.forget")
 
@@ -120,6 +130,6 @@ def shared_server(minions):
     """One running server for all tests of a module that leave no traces."""
     _instance(minions)
     minion = minions()
-    minion.call("slmdb_service.start")
+    start_server(minion)
     yield minion
     minion.call("slmdb_server.forget")
