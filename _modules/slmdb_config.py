@@ -1,0 +1,530 @@
+"""
+The server's configuration: one file in ``conf.d``, which the server itself judges before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_config"
+
+TUNED = "slm_database:tuning:profile"
+MEMORY = "# Made for a memory of {}MB.\n"
+PATIENCE = 15
+MODE = "0644"
+SINCE = "/var/lib/autobot-slm-database/pending.json"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _facts() -> dict[str, Any]:
+    return __salt__["slmdb_instance.facts"]()
+
+
+def _get(*keys: str) -> Any:
+    return __salt__["slmdb_pillar.get"](*keys)
+
+
+def _given() -> dict[str, Any]:
+    """Return the operator's settings, names in lower case as the server has them."""
+    return {name.lower(): value for name, value in (_get("settings") or {}).items()}
+
+
+def _host() -> dict[str, Any]:
+    found = _facts()
+    match = re.search(MEMORY.replace("{}", r"(\d+)").strip(), _present(found), re.MULTILINE)
+    return __salt__["slmdb_tuning.host"](found["data_directory"], int(match[1]) if match else None)
+
+
+def _present(found: dict[str, Any]) -> str:
+    return (__salt__["slmdb_file.read"](found["conf_file"]) or b"").decode(errors="replace")
+
+
+def _tuned() -> dict[str, dict[str, str]]:
+    try:
+        connections = int(_given().get("max_connections", 100))
+    except (TypeError, ValueError):
+        connections = 100
+    profile = _get("tuning", "profile")
+    return __salt__["slmdb_tuning.recommend"](
+        profile, _host(), int(_facts()["version"]), connections
+    )
+
+
+def _own() -> dict[str, Any]:
+    return {
+        "port": _get("port"),
+        "listen_addresses": _get("listen_addresses"),
+        "password_encryption": "scram-sha-256",
+    }
+
+
+def wanted() -> dict[str, str]:
+    """
+    Return the settings that our file has or will have: the formula's, the tuned, the operator's.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.wanted
+
+    Returns name to value, the operator's above the tuned. Raises SaltInvocationError for a value
+    that no line can hold.
+    """
+    tuned = {name: row["value"] for name, row in _tuned().items()}
+    text = __salt__["slmdb_conf.text"]
+    return {name: text(value) for name, value in {**tuned, **_own(), **_given()}.items()}
+
+
+def explain() -> dict[str, dict[str, str]]:
+    """
+    Return each setting of our file with its value, one line of reason, and where that comes from.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.explain
+    """
+    tuned, given, own = _tuned(), _given(), _own()
+    found = {}
+    for name, value in wanted().items():
+        if name in given:
+            why, source = "the operator's choice", f"slm_database:settings:{name}"
+        elif name in tuned:
+            why, source = tuned[name]["why"], tuned[name]["source"]
+        else:
+            why, source = "what the deployment is specified to have", _key(name)
+        found[name] = {"value": value, "why": why, "source": source}
+        if name in given and name in tuned:
+            found[name]["why"] += f" (the profile would say {tuned[name]['value']})"
+        elif name in own and name not in given and name == "password_encryption":
+            found[name]["source"] = "PostgreSQL documentation, Password Authentication"
+    return found
+
+
+def _key(name: str) -> str:
+    """Return the pillar path that a setting comes from."""
+    if name in _given():
+        return f"slm_database:settings:{name}"
+    return f"slm_database:{name}" if name in ("port", "listen_addresses") else TUNED
+
+
+def content() -> str:
+    """
+    Return the text that our file should have.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.content
+    """
+    text = __salt__["slmdb_conf.render"](wanted())
+    if _get("tuning", "profile") != "off" and not _get("tuning", "memory"):
+        text += MEMORY.format(_host()["memory"] // 1024**2)
+    return text
+
+
+def problems() -> list[str]:
+    """
+    Return what speaks against the wanted configuration, one line each, asking a scratch instance.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.problems
+
+    Returns an empty list if nothing does. Nothing on the host is changed. Raises
+    CommandExecutionError if a scratch instance cannot be made.
+    """
+    found = _facts()
+    lines = __salt__["slmdb_limits.promises"](
+        _given(), _get("allow_unsafe"), found["data_directory"]
+    )
+    busy = __salt__["slmdb_instance.port_problem"]()
+    if busy:
+        lines.append(busy)
+    if lines:
+        return lines
+    answer = __salt__["slmdb_rehearsal.check"](content())
+    return _objections(answer) if answer else []
+
+
+def _objections(answer: dict[str, Any]) -> list[str]:
+    if answer["objections"]:
+        return [f"{_blame(words)}: {words}; correct it or remove it" for words in _named(answer)]
+    loaded, allowed = answer["settings"], [name.lower() for name in _get("allow_unsafe")]
+    lines = []
+    for name in sorted(set(_given()) - set(loaded) - set(allowed)):
+        lines.append(
+            f"slm_database:settings:{name}: the server knows no such setting"
+            f"{_advice(name, list(loaded))}; if it is your own, "
+            f"add {name} to slm_database:allow_unsafe"
+        )
+    too_much = __salt__["slmdb_limits.memory"](loaded, _host()["memory"])
+    pages = __salt__["slmdb_limits.huge_pages"](
+        loaded, wanted().get("huge_pages", "try"), _held_pages()
+    )
+    if pages:
+        too_much["huge_pages"] = pages
+    for name, words in too_much.items():
+        if name not in allowed:
+            lines.append(f"{_key(name)}: {words}; lower {name} or add it to allow_unsafe")
+    return lines
+
+
+def _named(answer: dict[str, Any]) -> list[str]:
+    """Return the server's objections, with the nearest known name where a name is unknown."""
+    found = []
+    for words in answer["objections"]:
+        match = re.search(r'unrecognized configuration parameter "([^"]+)"', words)
+        found.append(words + (_advice(match[1], _known_names()) if match else ""))
+    return found
+
+
+def _advice(name: str, known: list[str]) -> str:
+    near = __salt__["slmdb_conf.nearest"](name, known)
+    return f"; did you mean {near}?" if near else ""
+
+
+def _known_names() -> list[str]:
+    """Return the names of ``pg_settings``, from the running server, else from a scratch one."""
+    if __salt__["slmdb_server.available"]():
+        rows = __salt__["slmdb_server.query"]("SELECT name FROM pg_settings")
+        return [row["name"] for row in rows]
+    answer = __salt__["slmdb_rehearsal.check"]("")
+    return list(answer["settings"]) if answer else []
+
+
+def _blame(words: str) -> str:
+    """Return the pillar path of the setting that the server's words are about."""
+    settings = wanted()
+    quoted = re.findall(r'"([^"]+)"', words)
+    for name in [*quoted, *re.findall(r"[a-z_]+(?:\.[a-z_]+)?", words)]:
+        if name.lower() in settings:
+            return _key(name.lower())
+    for name in _given():
+        if any(name in word or word in str(settings[name]) for word in quoted):
+            return _key(name)
+    if "shared memory" in words:
+        return _key("shared_buffers")
+    return "slm_database:settings"
+
+
+def _held_pages() -> int:
+    """Return the huge pages that the running server holds."""
+    statement = (
+        "SELECT setting::int AS pages FROM pg_settings "
+        "WHERE name = 'shared_memory_size_in_huge_pages' "
+        "AND current_setting('huge_pages') = 'on'"
+    )
+    if not __salt__["slmdb_server.available"]():
+        return 0
+    rows = __salt__["slmdb_server.query"](statement)
+    return max(rows[0]["pages"], 0) if rows else 0
+
+
+def _loaded() -> dict[str, dict[str, Any]]:
+    """Return ``pg_settings`` by name, ``shown`` being the value as people write it."""
+    if not __salt__["slmdb_server.available"]():
+        return {}
+    rows = __salt__["slmdb_server.query"](
+        "SELECT name, setting, unit, vartype, context, source, sourcefile, pending_restart, "
+        "current_setting(name, true) AS shown FROM pg_settings"
+    )
+    return {row["name"]: row for row in rows}
+
+
+def differences() -> dict[str, dict[str, Any]]:
+    """
+    Compare our file, and whether the server has read it, with the wanted configuration.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.differences
+
+    Returns setting to ``old`` and ``new``; a new value that only a restart brings says so. Empty if
+    nothing differs. Raises CommandExecutionError, one line for each, if something speaks against
+    the wanted configuration.
+    """
+    found = _facts()
+    text = content()
+    changes = _file_differences(found, text)
+    if changes:
+        _refuse(problems())
+    elif unread([found["conf_file"]]):
+        changes["reload"] = {"old": "not read by the server", "new": "read"}
+    return changes
+
+
+def _refuse(lines: list[str]) -> None:
+    if lines:
+        raise CommandExecutionError("\n".join(lines))
+
+
+def _file_differences(found: dict[str, Any], text: str) -> dict[str, dict[str, Any]]:
+    file = __salt__["slmdb_file.differences"](
+        found["conf_file"], text.encode(), found["user"], found["user"], MODE
+    )
+    if not file:
+        return {}
+    old, new = (__salt__["slmdb_conf.parse"](part) for part in (_present(found), text))
+    loaded = _loaded()
+    when = ": at a restart" if __salt__["slmdb_lastgood.permitted"]() else ": waits for a restart"
+    changes = {}
+    for name in sorted({**old, **new}):
+        if old.get(name) == new.get(name):
+            continue
+        shown = old.get(name) or loaded.get(name, {}).get("shown")
+        wait = when if _waits(loaded.get(name), new.get(name)) else ""
+        changes[name] = {"old": shown, "new": f"{new.get(name, 'the default')}{wait}"}
+    rest = {key: value for key, value in file.items() if key != found["conf_file"]}
+    return {**changes, **rest} or file
+
+
+def _waits(row: dict[str, Any] | None, value: str | None) -> bool:
+    """Tell whether a running server takes a value at a restart only."""
+    if row is None or row["context"] != "postmaster":
+        return False
+    if value is None:
+        return True
+    return __salt__["slmdb_conf.normal"](value, row["vartype"], row["unit"]) != row["setting"]
+
+
+def unread(paths: list[str]) -> bool:
+    """
+    Tell whether a running server has not read its configuration since a file of it was written.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.unread '[/etc/postgresql/15/main/pg_hba.conf]'
+
+    paths
+        The files.
+
+    Returns false if no server runs.
+    """
+    if not __salt__["slmdb_server.available"]():
+        return False
+    newest = max((os.stat(path).st_mtime for path in paths if os.path.exists(path)), default=0)
+    rows = __salt__["slmdb_server.query"](
+        "SELECT extract(epoch FROM pg_conf_load_time())::float AS at"
+    )
+    return rows[0]["at"] < newest
+
+
+def apply() -> None:
+    """
+    Write our file, let the server judge it, load it, and look at what is loaded.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.apply
+
+    If the server objects, what was there comes back, and CommandExecutionError has the server's
+    words and the pillar key. What only a restart brings is left waiting.
+    """
+    found = _facts()
+    text = content()
+    if _file_differences(found, text):
+        _refuse(problems())
+        before = __salt__["slmdb_file.read"](found["conf_file"])
+        _write(found, text.encode())
+        if __salt__["slmdb_server.available"]():
+            refused = _server_objections(found)
+            if refused:
+                _put_back(found, before)
+                _refuse(refused)
+    if __salt__["slmdb_server.available"]():
+        load([found["conf_file"]])
+        _look(found)
+        _remember()
+
+
+def _write(found: dict[str, Any], data: bytes) -> None:
+    __salt__["slmdb_file.write"](found["conf_file"], data, found["user"], found["user"], MODE)
+
+
+def _put_back(found: dict[str, Any], before: bytes | None) -> None:
+    if before is None:
+        __salt__["slmdb_file.remove"](found["conf_file"])
+    else:
+        _write(found, before)
+
+
+def _server_objections(found: dict[str, Any]) -> list[str]:
+    """Return what the running server has against our file, which it has not loaded yet."""
+    rows = __salt__["slmdb_server.query"](
+        "SELECT f.name, f.error FROM pg_file_settings f LEFT JOIN pg_settings s USING (name) "
+        "WHERE f.error IS NOT NULL AND f.sourcefile = %s "
+        # A setting that waits for a restart is listed with this error, too.
+        "AND NOT (s.context = 'postmaster' AND f.error = 'setting could not be applied') "
+        "AND s.context IS NOT NULL",
+        [found["conf_file"]],
+    )
+    return [f"{_key(row['name'])}: the server says: {row['error']}" for row in rows]
+
+
+def load(paths: list[str]) -> None:
+    """
+    Let the running server read its configuration again, and wait until it has.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.load '[/etc/postgresql/15/main/pg_hba.conf]'
+
+    paths
+        Files whose present content must have been read.
+
+    Raises CommandExecutionError if the server does not read them within 15 s.
+    """
+    deadline = time.monotonic() + PATIENCE
+    again = 0.0
+    while unread(paths):
+        if time.monotonic() > deadline:
+            raise CommandExecutionError("the server did not read its configuration again")
+        if time.monotonic() >= again:
+            __salt__["slmdb_service.reload"]()
+            again = time.monotonic() + 2
+        time.sleep(0.05)
+
+
+def _look(found: dict[str, Any]) -> None:
+    """Raise unless each of our settings is in force, waits for a restart, or is overridden."""
+    loaded, overridden = _loaded(), {row["name"] for row in foreign()}
+    missing = []
+    for name, value in wanted().items():
+        row = loaded.get(name)
+        if row is None or name in overridden or row["sourcefile"] == found["conf_file"]:
+            continue
+        # What only a restart brings is flagged by the server itself; a session's own values (its
+        # encoding, say) are no sign of anything.
+        if row["context"] == "postmaster" or row["source"] not in ("default", "configuration file"):
+            continue
+        if __salt__["slmdb_conf.normal"](value, row["vartype"], row["unit"]) != row["setting"]:
+            missing.append(f"{_key(name)}: the server has {row['shown']} after it was reloaded")
+    _refuse(missing)
+
+
+def _remember() -> None:
+    """Keep since when each setting waits for a restart."""
+    kept = {row["name"]: {"new": row["new"], "since": row["since"]} for row in pending()}
+    data = (json.dumps(kept, sort_keys=True) + "\n").encode()
+    if kept or __salt__["slmdb_file.read"](SINCE):
+        __salt__["slmdb_file.write"](SINCE, data)
+
+
+def _remembered() -> dict[str, dict[str, str]]:
+    try:
+        kept = json.loads(__salt__["slmdb_file.read"](SINCE) or b"{}")
+    except ValueError:
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def waiting() -> list[dict[str, Any]]:
+    """
+    Return what a restart would bring: what waits for one, and what will once our file is written.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.waiting
+
+    Returns ``name``, ``old`` and ``new`` for each; empty if no server runs.
+    """
+    loaded, text = _loaded(), content()
+    old, new = (__salt__["slmdb_conf.parse"](part) for part in (_present(_facts()), text))
+    rows = {row["name"]: row for row in pending()}
+    for name in sorted({**old, **new}):
+        if old.get(name) == new.get(name):
+            continue
+        rows.pop(name, None)
+        if _waits(loaded.get(name), new.get(name)):
+            shown = new.get(name, "the default")
+            rows[name] = {"name": name, "old": loaded[name]["shown"], "new": shown}
+    return [{key: rows[name][key] for key in ("name", "old", "new")} for name in sorted(rows)]
+
+
+def pending() -> list[dict[str, Any]]:
+    """
+    Return the settings that wait for a restart: ``name``, ``old``, ``new`` and ``since``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.pending
+
+    Returns an empty list if none waits or no server runs; ``since`` is when it was
+    seen to wait for the first time (UTC).
+    """
+    if not __salt__["slmdb_server.available"]():
+        return []
+    rows = __salt__["slmdb_server.query"](
+        "SELECT s.name, current_setting(s.name) AS old, f.setting AS new, f.sourcefile AS file "
+        "FROM pg_settings s LEFT JOIN (SELECT DISTINCT ON (name) name, setting, sourcefile "
+        "FROM pg_file_settings ORDER BY name, seqno DESC) f USING (name) "
+        "WHERE s.pending_restart ORDER BY s.name"
+    )
+    ours, kept = _facts()["conf_file"], _remembered()
+    found = []
+    for row in rows:
+        new = row["new"] if row["new"] is not None else "the default"
+        before = kept.get(row["name"], {})
+        since = before.get("since") if before.get("new") == new else None
+        since = since or _written(row["file"] or ours)
+        found.append({"name": row["name"], "old": row["old"], "new": new, "since": since})
+    return found
+
+
+def _written(path: str) -> str:
+    try:
+        moment = time.gmtime(os.stat(path).st_mtime)
+    except OSError:
+        moment = time.gmtime()
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)
+
+
+def foreign() -> list[dict[str, Any]]:
+    """
+    Return what overrides a setting of ours: another file of ``conf.d``, or ALTER SYSTEM.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.foreign
+
+    Returns ``name``, ``value``, ``ours``, ``file`` and ``line`` for each; empty if there is none or
+    no server runs. Nothing is deleted.
+    """
+    if not __salt__["slmdb_server.available"]():
+        return []
+    rows = __salt__["slmdb_server.query"](
+        "SELECT DISTINCT ON (name) name, setting AS value, sourcefile AS file, sourceline AS line "
+        "FROM pg_file_settings ORDER BY name, seqno DESC"
+    )
+    settings, own = wanted(), _facts()["conf_file"]
+    found = [row for row in rows if row["name"] in settings and row["file"] != own]
+    return [{**row, "ours": settings[row["name"]]} for row in found]

@@ -1,0 +1,196 @@
+"""
+The last configuration under which logins were seen to work, and the way back to it when the server
+does not start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_lastgood"
+
+DIRECTORY = "/var/lib/autobot-slm-database/last-good"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _files() -> dict[str, tuple[str, str]]:
+    """Return copy to original and its mode."""
+    found = __salt__["slmdb_instance.facts"]()
+    return {
+        f"{DIRECTORY}/conf": (found["conf_file"], "0644"),
+        f"{DIRECTORY}/hba": (found["hba_file"], "0640"),
+        f"{DIRECTORY}/ident": (found["ident_file"], "0640"),
+    }
+
+
+def exists() -> bool:
+    """
+    Tell whether there is a last good configuration: if not, this is a first install.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.exists
+    """
+    return os.path.isfile(f"{DIRECTORY}/conf")
+
+
+def save() -> None:
+    """
+    Keep the present configuration as the last good one, unless a part of it waits for a restart.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.save
+
+    To be called when the running server has been seen to let people in.
+    """
+    if __salt__["slmdb_config.pending"]():
+        return
+    for copy, (original, _) in sorted(_files().items(), reverse=True):
+        data = __salt__["slmdb_file.read"](original)
+        if data is not None and data != __salt__["slmdb_file.read"](copy):
+            __salt__["slmdb_file.write"](copy, data, "root", "root", "0600")
+
+
+def restore() -> bool:
+    """
+    Put the last good configuration in place of the present one.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.restore
+
+    Returns whether that changed anything; false if there is none, or it is the present one.
+    """
+    changed = False
+    user = __salt__["slmdb_instance.facts"]()["user"]
+    for copy, (original, mode) in _files().items():
+        data = __salt__["slmdb_file.read"](copy)
+        if data is not None and data != __salt__["slmdb_file.read"](original):
+            __salt__["slmdb_file.write"](original, data, user, user, mode)
+            changed = True
+    return changed
+
+
+def start() -> None:
+    """
+    Start the server; if it does not start, bring back the last good configuration and start that.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.start
+
+    Raises CommandExecutionError if it did not start at the first try, also when it runs now.
+    """
+    _attempt("start")
+
+
+def restart() -> None:
+    """
+    Restart the server; if it does not start, bring back the last good configuration and start that.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.restart
+
+    Raises CommandExecutionError if it did not start at the first try, also when it runs now.
+    """
+    _attempt("restart")
+
+
+def _attempt(verb: str) -> None:
+    began = time.monotonic()
+    try:
+        __salt__[f"slmdb_service.{verb}"]()
+        return
+    except CommandExecutionError as err:
+        words = str(err.strerror)
+    if not restore():
+        raise CommandExecutionError(f"the server did not start: {words}")
+    try:
+        __salt__["slmdb_service.restart"]()
+    except CommandExecutionError as err:
+        raise CommandExecutionError(
+            f"the server did not start: {words}; nor with the last good configuration: "
+            f"{err.strerror}"
+        ) from None
+    away = time.monotonic() - began
+    raise CommandExecutionError(
+        f"the server did not start: {words}; the last good configuration is in force again, "
+        f"the server was away for {away:.0f} s; correct slm_database:settings"
+    )
+
+
+def permitted() -> str | None:
+    """
+    Return why the server may be restarted now, or None if it may not.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.permitted
+    """
+    get = __salt__["slmdb_pillar.get"]
+    if not exists():
+        return "first install"
+    if get("restart") == "now":
+        return "slm_database:restart is now"
+    if get("maintenance", "approve"):
+        return "slm_database:maintenance:approve"
+    if "slmdb_window.permitted" in __salt__ and __salt__["slmdb_window.permitted"]():
+        return "the maintenance window is open"
+    return None
+
+
+def differences() -> dict[str, dict[str, Any]]:
+    """
+    Compare what is loaded with what would be after a restart, if one is permitted now.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.differences
+
+    Returns setting to ``old`` and ``new``; empty if nothing waits, or a restart is not permitted.
+    """
+    # A server that runs outside our unit is started anew by slmdb_service.running.
+    if not __salt__["slmdb_service.running"]() or not permitted():
+        return {}
+    if not __salt__["slmdb_server.available"]():
+        return {}
+    waiting = __salt__["slmdb_config.waiting"]()
+    return {row["name"]: {"old": row["old"], "new": row["new"]} for row in waiting}
+
+
+def apply() -> None:
+    """
+    Restart the server, so that what waits for it is in force.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.apply
+
+    Raises CommandExecutionError if it did not start; the last good configuration is in force then.
+    """
+    restart()

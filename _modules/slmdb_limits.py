@@ -1,0 +1,162 @@
+"""What a setting may not break without an explicit key: the formula's promises and the memory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+__virtualname__ = "slmdb_limits"
+
+# What a setting must not be, and why. A value of None: no value is allowed.
+_PROMISES: dict[str, tuple[str | None, str]] = {
+    "listen_addresses": (None, "slm_database:listen_addresses is the key for it"),
+    "port": (None, "slm_database:port is the key for it"),
+    "data_directory": (None, "the instance's files stay where Debian has them"),
+    "config_file": (None, "the instance's files stay where Debian has them"),
+    "hba_file": (None, "the access rules are written from slm_database:hba"),
+    "ident_file": (None, "the user maps are written from slm_database:hba"),
+    "external_pid_file": (None, "Debian's tools look for it"),
+    "unix_socket_directories": (None, "root and the backend look for the socket there"),
+    "unix_socket_permissions": (None, "the backend's user must reach the socket"),
+    "unix_socket_group": (None, "the backend's user must reach the socket"),
+    "password_encryption": ("md5", "passwords are kept as SCRAM-SHA-256 verifiers"),
+    "fsync": ("off", "a crash of the host would destroy the database"),
+    "full_page_writes": ("off", "a crash of the host would destroy the database"),
+    "zero_damaged_pages": ("on", "it destroys data"),
+    "ignore_system_indexes": ("on", "it is for repairs"),
+    "ignore_checksum_failure": ("on", "it hides damage"),
+    "allow_system_table_mods": ("on", "it is for repairs"),
+    "restart_after_crash": ("off", "a crashed session would take the server down"),
+    "autovacuum": ("off", "the transaction ids would run out"),
+    "track_counts": ("off", "autovacuum needs it"),
+    "krb_server_keyfile": (None, "no access rule of the formula uses it"),
+}
+_FILES = ("ssl_cert_file", "ssl_key_file", "ssl_ca_file", "ssl_crl_file", "ssl_dh_params_file")
+# What a session takes besides work_mem, roughly; and what sessions may take, all together.
+_SESSION = 2 * 1024**2
+_ABSURD = 4
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def promises(settings: dict[str, Any], allowed: list[str], data_directory: str) -> list[str]:
+    """
+    Return one line for each of the operator's settings that breaks a promise of the formula.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_limits.promises '{"fsync": false}' '[]' /var/lib/postgresql/15/main
+
+    settings
+        ``slm_database:settings``: name to value.
+
+    allowed
+        ``slm_database:allow_unsafe``: names that may break one.
+
+    data_directory
+        Where a relative path of a certificate begins.
+    """
+    found = []
+    permitted = {name.lower() for name in allowed}
+    for name, value in sorted(settings.items()):
+        reason = _broken(name.lower(), __salt__["slmdb_conf.text"](value), data_directory)
+        if reason and name.lower() not in permitted:
+            found.append(
+                f"slm_database:settings:{name}: {reason}; "
+                f"remove it, or add {name} to slm_database:allow_unsafe"
+            )
+    return found
+
+
+def _broken(name: str, value: str, data_directory: str) -> str | None:
+    if name in _FILES and value:
+        path = os.path.join(data_directory, value)
+        return None if os.path.isfile(path) else f"there is no file {path}"
+    if name.startswith("include"):
+        return "files are included by Debian's postgresql.conf alone"
+    forbidden, reason = _PROMISES.get(name, ("", ""))
+    if forbidden is None:
+        return reason
+    vartype = "bool" if forbidden in ("on", "off") else "enum"
+    if reason and __salt__["slmdb_conf.normal"](value, vartype) == forbidden:
+        return f"{forbidden} is not safe: {reason}"
+    return None
+
+
+def memory(loaded: dict[str, dict[str, Any]], bytes_there: int) -> dict[str, str]:
+    """
+    Return what a host's memory cannot hold, by the name of the setting to lower.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_limits.memory '{}' 8589934592
+
+    loaded
+        Rows of ``pg_settings`` by name, from a server that has read the wanted configuration.
+
+    bytes_there
+        The host's memory.
+    """
+    if "shared_buffers" not in loaded:
+        return {}
+    found = {}
+    number = {name: int(row["setting"]) for name, row in loaded.items() if name in _COUNTED}
+    buffers = number["shared_buffers"] * 8192
+    shared = number.get("shared_memory_size", 0) * 1024**2 or buffers
+    if shared > bytes_there * 0.9:
+        name = "shared_buffers" if buffers > shared / 2 else "max_connections"
+        found[name] = f"the server would take {_mb(shared)} of the host's {_mb(bytes_there)} memory"
+    sessions = number["max_connections"] * (number["work_mem"] * 1024 + _SESSION)
+    if sessions > _ABSURD * bytes_there:
+        found["max_connections"] = (
+            f"{number['max_connections']} sessions with work_mem of {number['work_mem']}kB would "
+            f"take {_mb(sessions)}, the host has {_mb(bytes_there)}"
+        )
+    return found
+
+
+_COUNTED = ("shared_buffers", "shared_memory_size", "max_connections", "work_mem")
+
+
+def _mb(size: int | float) -> str:
+    return f"{round(size / 1024**2)}MB"
+
+
+def huge_pages(loaded: dict[str, dict[str, Any]], wanted: str, held: int) -> str | None:
+    """
+    Return why the kernel's huge pages do not suffice, or None if they do or are not asked for.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_limits.huge_pages '{}' on 0
+
+    loaded
+        Rows of ``pg_settings`` by name, from a server that has read the wanted configuration.
+
+    wanted
+        The wanted value of ``huge_pages``.
+
+    held
+        Pages that the running server holds and gives back when it restarts.
+    """
+    row = loaded.get("shared_memory_size_in_huge_pages")
+    if row is None or __salt__["slmdb_conf.normal"](wanted, "bool") != "on":
+        return None
+    needed, there = int(row["setting"]), _free_huge_pages() + held
+    if 0 <= needed <= there:
+        return None
+    return f"{needed} huge pages are needed, the kernel has {there} (vm.nr_hugepages)"
+
+
+def _free_huge_pages() -> int:
+    with open("/proc/meminfo", encoding="ascii") as stream:
+        values = dict(line.split(":", 1) for line in stream if ":" in line)
+    return int(values.get("HugePages_Free", "0").split()[0])

@@ -1,0 +1,44 @@
+"""
+Who may log in: the rules are in place, and seen to work.
+"""
+
+from __future__ import annotations
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+__virtualname__ = "slmdb_access"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def applied(name: str) -> dict:
+    """
+    The access rules and user maps are written, judged by the server, and read by it.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_access")
+
+
+def verified(name: str) -> dict:
+    """
+    Logins that must succeed do, and those that must fail are refused; nothing is changed.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+
+    In test mode nobody logs in: what is not right yet may be what the run would make right.
+    """
+    result = {"name": name, "changes": {}, "result": True, "comment": "The login matrix is right."}
+    if __opts__["test"]:
+        return {**result, "comment": "The login matrix would be tried."}
+    try:
+        wrong = __salt__["slmdb_access.verify"]()
+    except (CommandExecutionError, SaltInvocationError) as err:
+        return {**result, "result": False, "comment": str(err.strerror)}
+    if wrong:
+        return {**result, "result": False, "comment": "\n".join(wrong)}
+    return result

@@ -1,0 +1,31 @@
+"""
+The server's configuration is what the settings say, and in force as far as it may be.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_config"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def applied(name: str) -> dict:
+    """
+    Our configuration file is written, judged by the server, and read by it.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_config")
+
+
+def in_force(name: str) -> dict:
+    """
+    What waits for a restart is in force, if a restart is permitted now; else it goes on waiting.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_lastgood")
