@@ -48,7 +48,7 @@ def converge(name: str, noun: str, wanted: dict[str, Any] | None = None, server:
         __salt__[f"{noun}.apply"](**wanted)
         left = __salt__[f"{noun}.differences"](**wanted)
     except (CommandExecutionError, SaltInvocationError) as err:
-        return _answer(name, False, err.strerror if hasattr(err, "strerror") else str(err))
+        return _answer(name, False, str(err))
     if left:
         return _answer(name, False, f"Did not converge: {', '.join(sorted(left))}.", changes)
     return _answer(name, True, "Changed.", changes)

@@ -4,6 +4,8 @@ The instance exists.
 
 from __future__ import annotations
 
+from salt.exceptions import CommandExecutionError
+
 __virtualname__ = "slmdb_instance"
 
 
@@ -19,3 +21,18 @@ def present(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_instance")
+
+
+def port_available(name: str) -> dict:
+    """
+    Fail, before anything is changed, if another program holds the wanted port.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    try:
+        problem = __salt__["slmdb_instance.port_problem"]()
+    except CommandExecutionError as err:
+        problem = err.strerror
+    comment = problem or "The port is ours or free."
+    return {"name": name, "changes": {}, "result": problem is None, "comment": comment}

@@ -1,0 +1,83 @@
+"""
+The password of a role: made once, kept in an environment file, in step with the server.
+
+``present`` works for any role, file and keys, also outside the formula's own settings:
+
+.. code-block:: yaml
+
+    The reporting role has its password:
+      slmdb_secret.present:
+        - role: reporting
+        - file: /etc/reporting/database.env
+        - key: REPORTING_PASSWORD
+        - group: reporting
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__virtualname__ = "slmdb_secret"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def applicable(name: str) -> dict:
+    """
+    The secret files can be understood, and the password of a role that exists is known.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    problem = __salt__["slmdb_secret.problem"]()
+    comment = problem or "The secret can be applied."
+    return {"name": name, "result": problem is None, "comment": comment, "changes": {}}
+
+
+def present(name: str, **wanted: Any) -> dict:
+    """
+    The file holds the password of a role, and the server has its verifier.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    wanted
+        Any of role, file, owner, group, mode (octal text), key, url_keys (list), url_driver,
+        database, port, generate_missing (list), length (characters), from_pillar (name of a pillar
+        key), rotate_every (``90d``), rotate_backend (``restart``, ``reload``, ``none``); what is
+        left out is as the formula's settings say. None at all: every secret of the settings.
+
+    Example:
+
+    .. code-block:: yaml
+
+        The password is persisted:
+          slmdb_secret.present
+    """
+    wanted = {key: value for key, value in wanted.items() if not key.startswith("__")}
+    return __states__["slmdb.converge"](name, "slmdb_secret", wanted, server=True)
+
+
+def adopted(name: str) -> dict:
+    """
+    A role and databases of an older install have their new names, if ``adopt`` asks for that.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_secret_adoption", server=True)
+
+
+def absent(name: str) -> dict:
+    """
+    Our keys are gone from the secret file, if ``clean:secret`` asks for that; else they are kept
+    and named.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    kept = __salt__["slmdb_secret_removal.kept"]()
+    if kept:
+        return {"name": name, "result": True, "comment": kept, "changes": {}}
+    return __states__["slmdb.converge"](name, "slmdb_secret_removal")

@@ -1,0 +1,9 @@
+# The application's role and the extra ones of the pillar. Passwords are the secret's business.
+include:
+  - slm_database.check
+  - slm_database.service
+
+The roles are present:
+  slmdb_role.present:
+    - require:
+      - slmdb_service: The server runs
