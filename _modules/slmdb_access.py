@@ -172,6 +172,7 @@ def apply() -> None:
         before = {path: __salt__["slmdb_file.read"](path) for path in wanted}
         # Maps first: a rule that names a map must never be read before the map is there.
         for path in reversed(wanted):
+            __salt__["slmdb_original.keep"](path)
             _write(found, path, wanted[path].encode())
         refused = _errors() if alive else []
         if refused:

@@ -218,4 +218,4 @@ def apply() -> None:
     if "start at boot" in changes:
         _run(["systemctl", "enable", __salt__["slmdb_instance.facts"]()["unit"]])
     if "server" in changes:
-        start()
+        __salt__["slmdb_lastgood.start"]()

@@ -23,6 +23,16 @@ def applied(name: str) -> dict:
     return __states__["slmdb.converge"](name, "slmdb_access")
 
 
+def absent(name: str) -> dict:
+    """
+    The access rules and user maps are what they were before the formula.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_original", {"part": "access"})
+
+
 def verified(name: str) -> dict:
     """
     Logins that must succeed do, and those that must fail are refused; nothing is changed.

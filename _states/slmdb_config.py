@@ -29,3 +29,13 @@ def in_force(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_lastgood")
+
+
+def absent(name: str) -> dict:
+    """
+    Our configuration file is gone; what the server took from it stays until it is restarted.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_original", {"part": "config"})
