@@ -9,3 +9,9 @@ The server runs:
     - require:
       - sls: slm_database.config
       - sls: slm_database.access
+
+# At first install, with restart: now, an approval or an open window; else it stays parked.
+What waits for a restart is in force if that is permitted:
+  slmdb_config.in_force:
+    - require:
+      - slmdb_service: The server runs
