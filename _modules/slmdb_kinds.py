@@ -270,6 +270,11 @@ _KINDS: dict[str, _Kind] = {
     "size": _Kind(
         "a size of memory", "such as 4GB or 512MB", _matches(r"[1-9][0-9]{0,6} ?(kB|MB|GB|TB)")
     ),
+    "source": _Kind(
+        "where a file is",
+        "an absolute path, or a salt:// address",
+        lambda value: _is_path(value) or _matches(r"salt://[A-Za-z0-9_./-]+")(value),
+    ),
     "suite": _Kind(
         "a repository suite", "such as bookworm-pgdg", _matches(r"[A-Za-z0-9][A-Za-z0-9./-]*")
     ),

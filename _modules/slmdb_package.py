@@ -34,7 +34,8 @@ def names() -> list[str]:
     get = __salt__["slmdb_pillar.get"]
     major = __salt__["slmdb_instance.version"]()
     wanted = [f"postgresql-{major}", f"postgresql-client-{major}"]
-    if get("distribution", "contrib"):
+    # PGDG's contrib package is a meta-package: it would bring the newest major's server along.
+    if get("distribution", "contrib") and get("repository") == "distribution":
         wanted.append(get("distribution", "contrib"))
     if _system_python():
         wanted.append("python3-psycopg2")
@@ -139,7 +140,10 @@ def no_cluster() -> tuple[str, bytes]:
     Returns its path and its content: locale, checksums and port of such an instance would be
     those of the moment. Raises nothing.
     """
-    return "/etc/postgresql-common/createcluster.d/autobot-slm.conf", b"create_main_cluster = false\n"
+    return (
+        "/etc/postgresql-common/createcluster.d/autobot-slm.conf",
+        b"create_main_cluster = false\n",
+    )
 
 
 def _install_driver() -> None:

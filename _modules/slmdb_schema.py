@@ -82,7 +82,7 @@ SCHEMA: dict[str, Any] = {
         "uri": "uri",
         "suite": ("null", "suite"),
         "component": "component",
-        "key": "path",
+        "key": "source",
         "fingerprint": "fingerprint",
     },
     "packages": ("list", "package"),

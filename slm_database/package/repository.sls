@@ -1,0 +1,10 @@
+# PGDG's repository, if pillar says `repository: pgdg`; else none of ours. The key that the
+# formula ships is compared with the pinned fingerprint before it is trusted.
+include:
+  - slm_database.check
+
+PostgreSQL comes from the repository that pillar names:
+  slmdb_repository.present:
+    - shipped: salt://slm_database/package/files/apt.postgresql.org.asc
+    - require:
+      - slmdb_pillar: The pillar is valid
