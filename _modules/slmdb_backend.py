@@ -4,6 +4,8 @@ What the backend's unit needs from the database: its secrets, its place in the o
 
 from __future__ import annotations
 
+import os
+
 __virtualname__ = "slmdb_backend"
 
 # Wants, never Requires or BindsTo: a stop, a start or a crash of the database must not take the
@@ -69,7 +71,24 @@ def apply() -> None:
         __salt__["slmdb_unit.reload_units"]()
 
 
-def remove() -> list[str]:
+def leftovers() -> dict:
+    """
+    Name what ``apply`` left on the host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backend.leftovers
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if there is nothing to undo. Raises
+    ``CommandExecutionError`` if the file cannot be read.
+    """
+    path, _ = _drop_in()
+    return __salt__["slmdb_file.differences"](path, None)
+
+
+def remove() -> None:
     """
     Remove the drop-in.
 
@@ -79,12 +98,11 @@ def remove() -> list[str]:
 
         salt-call slmdb_backend.remove
 
-    Returns the paths that were removed. Raises ``CommandExecutionError`` if it cannot be.
+    Returns nothing. Raises ``CommandExecutionError`` if it cannot be removed.
     """
     path, _ = _drop_in()
-    if __salt__["slmdb_file.read"](path) is None:
-        return []
     __salt__["slmdb_file.remove"](path)
+    if not os.listdir(os.path.dirname(path)):
+        os.rmdir(os.path.dirname(path))
     if __salt__["slmdb_instance.systemd"]():
         __salt__["slmdb_unit.reload_units"]()
-    return [path]

@@ -197,3 +197,40 @@ def drop(name: str) -> None:
     __salt__["slmdb_server.forget"]()
     statement = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
     __salt__["slmdb_server.execute"](statement)
+
+
+def leftovers() -> dict:
+    """
+    Name the databases of the settings that exist and that ``slm_database:clean:data`` gives up.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_database.leftovers
+
+    Returns ``{what: {"old": …, "new": …}}``, empty without that key or without a server. Raises
+    ``CommandExecutionError`` if the server does not answer.
+    """
+    if not __salt__["slmdb_pillar.get"]("clean", "data"):
+        return {}
+    if not __salt__["slmdb_server.available"]():
+        return {}
+    present = read(list(wanted()))
+    return {f"database {name}": {"old": "present", "new": "absent"} for name in sorted(present)}
+
+
+def remove() -> None:
+    """
+    Drop the databases that ``leftovers`` names, with all their data.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_database.remove
+
+    Returns nothing. Raises ``CommandExecutionError`` with the server's words.
+    """
+    for label in leftovers():
+        drop(label.partition(" ")[2])

@@ -324,3 +324,60 @@ def report() -> list[str]:
                 f"{row[0][what]}; only a dump and a restore change it"
             )
     return lines
+
+
+def _others() -> list[str]:
+    """Databases that are neither ours nor PostgreSQL's own."""
+    ours = [*__salt__["slmdb_database.wanted"](), "postgres", "template0", "template1"]
+    rows = __salt__["slmdb_server.query"](
+        "SELECT datname FROM pg_database WHERE NOT datname = ANY(%s) ORDER BY 1", [ours]
+    )
+    return [row["datname"] for row in rows]
+
+
+def leftovers() -> dict:
+    """
+    Name the instance if ``slm_database:clean:data`` gives it up and nobody else's data is in it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.leftovers
+
+    Returns ``{what: {"old": …, "new": …}}``, empty without that key, without an instance, or if
+    it holds databases that are not ours (a stopped one counts as such). Raises
+    ``CommandExecutionError`` if the server does not answer.
+    """
+    found = facts()
+    if not found["exists"] or not __salt__["slmdb_pillar.get"]("clean", "data"):
+        return {}
+    if not __salt__["slmdb_server.available"]() or _others():
+        return {}
+    return {f"instance {found['version']}/{NAME}": {"old": "present", "new": "absent"}}
+
+
+def remove() -> None:
+    """
+    Drop the instance that ``leftovers`` names, with all its data.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.remove
+
+    Returns nothing. Raises ``CommandExecutionError`` with the last line of ``pg_dropcluster``.
+    """
+    if not leftovers():
+        return
+    found = facts()
+    __salt__["slmdb_server.forget"]()
+    if found["systemd"]:
+        __salt__["cmd.run_all"](["systemctl", "stop", UNIT], python_shell=False)
+    answer = __salt__["cmd.run_all"](
+        ["pg_dropcluster", "--stop", found["version"], NAME], python_shell=False
+    )
+    if answer["retcode"]:
+        lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
+        raise CommandExecutionError(f"pg_dropcluster: {lines[-1]}")

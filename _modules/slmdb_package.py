@@ -153,3 +153,48 @@ def _install_driver() -> None:
     if answer["retcode"] or _driver_missing():
         lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
         raise CommandExecutionError(f"pip install psycopg2-binary: {lines[-1]}")
+
+
+def leftovers() -> dict:
+    """
+    Name what ``apply`` left on the host; packages only with ``slm_database:clean:packages``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_package.leftovers
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if there is nothing to undo. Raises
+    ``CommandExecutionError`` if packages are to go while an instance is there.
+    """
+    changes = __salt__["slmdb_file.differences"](no_cluster()[0], None)
+    if __salt__["slmdb_pillar.get"]("clean", "packages"):
+        if __salt__["slmdb_instance.facts"]()["exists"]:
+            raise CommandExecutionError(
+                "slm_database:clean:packages: an instance is there and needs them; "
+                "slm_database:clean:data gives it up first"
+            )
+        installed = __salt__["pkg.list_pkgs"]()
+        wanted = [name for name in names() if name in installed]
+        changes.update({name: {"old": "installed", "new": None} for name in wanted})
+    return changes
+
+
+def remove() -> None:
+    """
+    Remove what ``leftovers`` names.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_package.remove
+
+    Returns nothing. Raises ``CommandExecutionError`` if apt fails.
+    """
+    path, _ = no_cluster()
+    installed = [what for what in leftovers() if what != path]
+    __salt__["slmdb_file.remove"](path)
+    if installed:
+        __salt__["pkg.remove"](pkgs=installed)

@@ -56,3 +56,38 @@ def apply() -> None:
     __salt__["slmdb_file.write"](PATH, _text(), mode="0640")
     if __salt__["slmdb_file.read"](INSTALLED) is None:
         __salt__["slmdb_file.write"](INSTALLED, f"{int(time.time())}\n".encode(), mode="0640")
+
+
+def leftovers() -> dict:
+    """
+    Name what ``apply`` left on the host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_record.leftovers
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if there is nothing to undo. Raises
+    ``CommandExecutionError`` if a file cannot be read.
+    """
+    changes = {}
+    for path in (PATH, INSTALLED):
+        changes.update(__salt__["slmdb_file.differences"](path, None))
+    return changes
+
+
+def remove() -> None:
+    """
+    Forget what the last apply was told.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_record.remove
+
+    Returns nothing. Raises ``CommandExecutionError`` if a file cannot be removed.
+    """
+    for path in (PATH, INSTALLED):
+        __salt__["slmdb_file.remove"](path)

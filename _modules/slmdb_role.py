@@ -191,4 +191,53 @@ def drop(name: str) -> None:
         statement = sql.SQL("DROP ROLE {}").format(sql.Identifier(name))
         __salt__["slmdb_server.execute"](statement)
     except CommandExecutionError as err:
-        raise CommandExecutionError(f"role {name}: {err.strerror}") from err
+        raise CommandExecutionError(f"role {name}: {err}") from err
+
+
+def leftovers() -> dict:
+    """
+    Name the roles of the settings that exist and that ``slm_database:clean:role`` gives up.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_role.leftovers
+
+    Returns ``{what: {"old": …, "new": …}}``, empty without that key or without a server. Raises
+    ``CommandExecutionError`` if the server does not answer.
+    """
+    if not __salt__["slmdb_pillar.get"]("clean", "role"):
+        return {}
+    if not __salt__["slmdb_server.available"]():
+        return {}
+    present = read(list(wanted()))
+    return {f"role {name}": {"old": "present", "new": "absent"} for name in sorted(present)}
+
+
+def remove() -> None:
+    """
+    Drop the roles that ``leftovers`` names; what they own goes to ``postgres`` first.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_role.remove
+
+    Returns nothing. Raises ``CommandExecutionError`` with the server's words.
+    """
+    from psycopg2 import sql
+
+    names = [label.partition(" ")[2] for label in leftovers()]
+    rows = __salt__["slmdb_server.query"]("SELECT datname FROM pg_database WHERE datallowconn")
+    for row in rows:
+        for name in names:
+            role = sql.Identifier(name)
+            statements = [
+                (sql.SQL("REASSIGN OWNED BY {} TO postgres").format(role), None),
+                (sql.SQL("DROP OWNED BY {}").format(role), None),
+            ]
+            __salt__["slmdb_server.execute"](statements, database=row["datname"])
+    for name in names:
+        drop(name)

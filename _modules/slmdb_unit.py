@@ -147,9 +147,34 @@ def reload_units() -> None:
         raise CommandExecutionError(f"systemctl daemon-reload: {answer['stderr'].strip()}")
 
 
-def remove() -> list[str]:
+def leftovers() -> dict:
     """
-    Undo what ``apply`` did: our unit, the mask, and ``start.conf`` back to ``auto``.
+    Name what ``apply`` left on the host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_unit.leftovers
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if there is nothing to undo. Raises
+    ``CommandExecutionError`` if the instance's facts cannot be told.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    paths = _paths(found)
+    changes = {}
+    if os.path.exists(paths["unit"]):
+        changes[paths["unit"]] = {"old": "present", "new": "absent"}
+    if os.path.islink(paths["mask"]):
+        changes[os.path.basename(paths["mask"])] = {"old": "masked", "new": "not masked"}
+    if found["exists"] and _start_conf(paths["start"]) == "manual":
+        changes[paths["start"]] = {"old": "manual", "new": "auto"}
+    return changes
+
+
+def remove() -> None:
+    """
+    Give the instance back to Debian's own unit, which starts it if ours had it running.
 
     CLI Example:
 
@@ -157,25 +182,24 @@ def remove() -> list[str]:
 
         salt-call slmdb_unit.remove
 
-    Returns the paths that were changed. Raises ``CommandExecutionError`` if one cannot be.
+    Returns nothing. Raises ``CommandExecutionError`` if a file cannot be changed.
     """
     found = __salt__["slmdb_instance.facts"]()
     paths = _paths(found)
-    done = []
-    if os.path.exists(paths["unit"]):
-        command = ["systemctl", "disable", "--now", found["unit"]]
+    changes = leftovers()
+    if paths["unit"] in changes:
         __salt__["slmdb_server.forget"]()
+        command = ["systemctl", "disable", "--now", found["unit"]]
         __salt__["cmd.run_all"](command, python_shell=False)
         __salt__["slmdb_file.remove"](paths["unit"])
-        done.append(paths["unit"])
     if os.path.islink(paths["mask"]):
         __salt__["slmdb_file.remove"](paths["mask"])
-        done.append(paths["mask"])
-    if found["exists"] and _start_conf(paths["start"]) == "manual":
+    if paths["start"] in changes:
         __salt__["slmdb_file.write"](
             paths["start"], b"auto\n", user=found["user"], group=found["user"]
         )
-        done.append(paths["start"])
-    if done and found["systemd"]:
+    if changes and found["systemd"]:
         reload_units()
-    return done
+    if found["systemd"] and found["exists"] and found["running"]:
+        command = ["systemctl", "start", f"postgresql@{found['version']}-{found['name']}"]
+        __salt__["cmd.run_all"](command, python_shell=False)

@@ -19,34 +19,43 @@ def _answer(name: str, result: bool | None, comment: str, changes: dict | None =
     return {"name": name, "result": result, "comment": comment, "changes": changes or {}}
 
 
-def converge(name: str, noun: str, wanted: dict[str, Any] | None = None, server: bool = False):
+def converge(
+    name: str,
+    noun: str,
+    wanted: dict[str, Any] | None = None,
+    server: bool = False,
+    verbs: tuple[str, str] = ("differences", "apply"),
+) -> dict:
     """
     Make a noun what it should be: read, compare, return if equal, write, read again.
 
     name
         The state's name.
     noun
-        The execution module, e.g. ``slmdb_role``; it offers ``differences`` and ``apply``.
+        The execution module, e.g. ``slmdb_role``; it offers the two verbs.
     wanted
         Keyword arguments for both; empty: as the formula's settings say.
     server
         Whether a running server is needed: in test mode a host that has none yet is told that the
         change waits for it.
+    verbs
+        The functions that compare and write; ``("leftovers", "remove")`` undoes the noun.
 
     Returns a state's result dictionary. An error becomes a failed result with its one line.
     """
     wanted = wanted or {}
+    compare, write = (f"{noun}.{verb}" for verb in verbs)
     try:
         if server and __opts__["test"] and not __salt__["slmdb_server.available"]():
             changes = {name: {"old": None, "new": "decided when the server runs"}}
             return _answer(name, None, "The server does not run yet.", changes)
-        changes = __salt__[f"{noun}.differences"](**wanted)
+        changes = __salt__[compare](**wanted)
         if not changes:
             return _answer(name, True, "Already as it should be.")
         if __opts__["test"]:
             return _answer(name, None, "Would be changed.", changes)
-        __salt__[f"{noun}.apply"](**wanted)
-        left = __salt__[f"{noun}.differences"](**wanted)
+        __salt__[write](**wanted)
+        left = __salt__[compare](**wanted)
     except (CommandExecutionError, SaltInvocationError) as err:
         return _answer(name, False, str(err))
     if left:

@@ -19,3 +19,13 @@ def present(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_backend")
+
+
+def absent(name: str) -> dict:
+    """
+    The backend's unit has no drop-in of ours.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_backend", verbs=("leftovers", "remove"))

@@ -22,3 +22,13 @@ def present(name: str, databases: dict | None = None) -> dict:
     """
     wanted = {} if databases is None else {"databases": databases}
     return __states__["slmdb.converge"](name, "slmdb_database", wanted, server=True)
+
+
+def absent(name: str) -> dict:
+    """
+    What the settings name is dropped where ``slm_database:clean:data`` says so.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_database", verbs=("leftovers", "remove"))

@@ -33,6 +33,16 @@ def port_available(name: str) -> dict:
     try:
         problem = __salt__["slmdb_instance.port_problem"]()
     except CommandExecutionError as err:
-        problem = err.strerror
+        problem = str(err)
     comment = problem or "The port is ours or free."
     return {"name": name, "changes": {}, "result": problem is None, "comment": comment}
+
+
+def absent(name: str) -> dict:
+    """
+    The instance is gone where pillar says so.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_instance", verbs=("leftovers", "remove"))

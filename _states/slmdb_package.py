@@ -19,3 +19,13 @@ def installed(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_package")
+
+
+def absent(name: str) -> dict:
+    """
+    What kept the packages from making an instance is gone, and the packages where pillar says so.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_package", verbs=("leftovers", "remove"))

@@ -19,3 +19,13 @@ def present(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_record")
+
+
+def absent(name: str) -> dict:
+    """
+    Nothing is recorded of the last apply.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_record", verbs=("leftovers", "remove"))

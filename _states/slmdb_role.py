@@ -22,3 +22,13 @@ def present(name: str, roles: dict | None = None) -> dict:
     """
     wanted = {} if roles is None else {"roles": roles}
     return __states__["slmdb.converge"](name, "slmdb_role", wanted, server=True)
+
+
+def absent(name: str) -> dict:
+    """
+    What the settings name is dropped where ``slm_database:clean:role`` says so.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_role", verbs=("leftovers", "remove"))

@@ -19,3 +19,13 @@ def present(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_unit")
+
+
+def absent(name: str) -> dict:
+    """
+    Debian's own unit has the instance back.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_unit", verbs=("leftovers", "remove"))
