@@ -54,7 +54,7 @@ def wanted() -> dict[str, dict[str, Any]]:
     for name, options in get("roles").items():
         options = options or {}
         roles[name] = {
-            "login": bool(options.get("secret")),
+            "login": bool(options.get("secret") or options.get("password_pillar")),
             "member_of": sorted(options.get("member_of") or []),
             "connection_limit": options.get("connection_limit", -1),
         }
