@@ -5,6 +5,7 @@ What the last apply was told, kept on the host for reports that come without a p
 from __future__ import annotations
 
 import json
+import os
 import time
 
 __virtualname__ = "slmdb_record"
@@ -91,3 +92,32 @@ def remove() -> None:
     """
     for path in (PATH, INSTALLED):
         __salt__["slmdb_file.remove"](path)
+
+
+def kept() -> list[str]:
+    """
+    Name what is on the host and goes only behind a key of ``slm_database:clean``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_record.kept
+
+    Returns one line per thing with its key; empty if nothing is left. Raises
+    ``CommandExecutionError`` if the instance's facts cannot be told.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    lines = []
+    if found["exists"]:
+        name = f"{found['version']}/{found['name']}"
+        lines.append(f"kept: instance {name} with its data (slm_database:clean:data)")
+    if __salt__["slmdb_server.available"]():
+        roles = __salt__["slmdb_role.read"](list(__salt__["slmdb_role.wanted"]()))
+        lines += [f"kept: role {role} (slm_database:clean:role)" for role in sorted(roles)]
+    secret = __salt__["slmdb_pillar.get"]("secret", "file")
+    if os.path.exists(secret):
+        lines.append(f"kept: {secret} (slm_database:clean:secret)")
+    if found["version"] and os.path.exists(found["bin_directory"]):
+        lines.append("kept: PostgreSQL's packages (slm_database:clean:packages)")
+    return lines

@@ -29,3 +29,15 @@ def absent(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_record", verbs=("leftovers", "remove"))
+
+
+def kept(name: str) -> dict:
+    """
+    Name what a clean left on the host, and the pillar keys that would give it up; never fails.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    lines = __salt__["slmdb_record.kept"]()
+    comment = "\n".join(lines) or "Nothing of the formula is left."
+    return {"name": name, "changes": {}, "result": True, "comment": comment}

@@ -8,6 +8,7 @@ include:
   - slm_database.config
   - slm_database.access
   - slm_database.service
+  - slm_database.secret.adopt
   - slm_database.role
   - slm_database.secret
   - slm_database.database

@@ -1,9 +1,11 @@
 # The application's role and the extra ones of the pillar. Passwords are the secret's business.
 include:
   - slm_database.check
-  - slm_database.service
+  - slm_database.secret.adopt
+  - slm_database.secret.adopt
 
 The roles are present:
   slmdb_role.present:
     - require:
-      - slmdb_service: The server runs
+      - sls: slm_database.secret.adopt
+      - slmdb_secret: The older install is adopted

@@ -1,0 +1,8 @@
+# Drops the instance, only with slm_database:clean:data and if nobody else's data is in it.
+include:
+  - slm_database.check
+
+The instance is gone where pillar says so:
+  slmdb_instance.absent:
+    - require:
+      - slmdb_pillar: The pillar is valid
