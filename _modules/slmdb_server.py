@@ -95,7 +95,7 @@ def connect(database: str = USER, **overrides: Any) -> Any:
         "port": found["port"],
         "dbname": database,
         "user": USER,
-        "passfile": os.devnull,
+        "passfile": "/nonexistent",  # libpq warns of one that is no plain file
         "application_name": "slmdb",
         "connect_timeout": TIMEOUT,
         "client_encoding": "UTF8",

@@ -1,0 +1,377 @@
+"""
+The backend's own Alembic: where it is, what its history says, and how to run it.
+
+Alembic is always the one in the backend's virtual environment, run as the backend's user and never
+as root. What it says about its history is remembered in Salt's cache until a file it came from
+changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pwd
+import shlex
+import signal
+import subprocess
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_alembic"
+
+# Runs inside the backend's virtual environment. Whatever a migration prints goes to stderr, so
+# that the answer stands alone on stdout.
+ASK = """
+import json, os, sys
+answer = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
+def flat(value):
+    return [value] if isinstance(value, str) else sorted(value or ())
+try:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+    script = ScriptDirectory.from_config(Config(sys.argv[1]))
+    paths = [script.dir, script.versions] + list(getattr(script, "_version_locations", ()))
+    revisions = {
+        r.revision: {
+            "down": flat(r.down_revision),
+            "depends": flat(getattr(r, "_resolved_dependencies", None)),
+            "message": (r.doc or "").split("\\n")[0].strip(),
+        }
+        for r in script.walk_revisions()
+    }
+    given = {"heads": sorted(script.get_heads()), "revisions": revisions,
+             "order": list(revisions), "paths": sorted({os.path.abspath(p) for p in paths})}
+except ImportError as err:
+    given = {"error": "%s" % err if err.name != "alembic" else "Alembic is not installed in it"}
+except BaseException as err:
+    given = {"error": "%s: %s" % (type(err).__name__, (str(err).strip() or "-").splitlines()[-1])}
+json.dump(given, answer); answer.flush(); os._exit(0)
+"""
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _unit(unit: str) -> dict[str, list[str]]:
+    """What systemd knows of the backend's unit; empty without systemd or without the unit."""
+    command = ["systemctl", "show", unit]
+    for name in ("LoadState", "User", "Environment", "EnvironmentFiles"):
+        command += ["-p", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        name, _, value = line.partition("=")
+        if value:
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def user() -> str:
+    """
+    Say as which operating-system user the backend's code is run.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.user
+
+    Returns ``migration:user`` from pillar if it is set, else the ``User=`` of the backend's unit,
+    else ``backend:user``. Raises nothing but what the settings raise.
+    """
+    settings = __salt__["slmdb_pillar.settings"]()
+    if settings["migration"].get("user"):
+        return settings["migration"]["user"]
+    return _unit(settings["backend"]["unit"]).get("User", [settings["backend"]["user"]])[0]
+
+
+def facts() -> dict[str, Any]:
+    """
+    Say where the backend and its Alembic are, and what is in the way of running it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.facts
+
+    Returns ``deployed`` (whether the backend's directory exists), ``directory``, ``ini``, ``venv``,
+    ``python``, ``user`` and ``problem`` (one line, or ``None`` if Alembic can be asked). Raises
+    nothing but what the settings raise.
+    """
+    settings = __salt__["slmdb_pillar.settings"]()
+    directory = settings["backend"]["directory"]
+    venv = os.path.join(directory, settings["backend"]["venv"])
+    found: dict[str, Any] = {
+        "deployed": os.path.isdir(directory),
+        "directory": directory,
+        "ini": os.path.join(directory, settings["migration"]["alembic_ini"]),
+        "venv": venv,
+        "python": os.path.join(venv, "bin", "python"),
+        "user": settings["backend"]["user"],
+    }
+    if found["deployed"]:
+        found["user"] = user()
+    found["problem"] = _in_the_way(found)
+    return found
+
+
+def _in_the_way(found: dict[str, Any]) -> str | None:
+    if not found["deployed"]:
+        return f"The backend is not deployed: there is no {found['directory']}."
+    if not os.path.isdir(found["venv"]):
+        return f"The backend has no virtual environment: there is no {found['venv']}."
+    if not os.path.exists(found["python"]):
+        return f"The virtual environment is broken: there is no {found['python']}."
+    if not os.path.isfile(found["ini"]):
+        return f"The backend has no Alembic project: there is no {found['ini']}."
+    try:
+        pwd.getpwnam(found["user"])
+    except KeyError:
+        return f"The backend's user {found['user']} does not exist on this host."
+    return None
+
+
+def _identity(name: str) -> dict[str, Any]:
+    """Popen's arguments that make a child another user, groups included."""
+    if os.geteuid():
+        return {}
+    entry = pwd.getpwnam(name)
+    groups = os.getgrouplist(name, entry.pw_gid)
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": groups}
+
+
+def _plain_environment(name: str) -> dict[str, str]:
+    entry = pwd.getpwnam(name)
+    return {
+        "PATH": PATH,
+        "HOME": entry.pw_dir,
+        "USER": name,
+        "LOGNAME": name,
+        "SHELL": entry.pw_shell or "/bin/sh",
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def _unit_environment() -> dict[str, str]:
+    """The variables systemd would give the backend: its Environment= and EnvironmentFile=."""
+    settings = __salt__["slmdb_pillar.settings"]()
+    unit = _unit(settings["backend"]["unit"])
+    given: dict[str, str] = {}
+    for line in unit.get("Environment", []):
+        given.update(dict(part.partition("=")[::2] for part in shlex.split(line)))
+    files = [value.rsplit(" (", 1)[0] for value in unit.get("EnvironmentFiles", [])]
+    for path in files or [settings["secret"]["file"]]:
+        given.update(__salt__["slmdb_secret.variables"](path))
+    return given
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a child that still runs, and all it started."""
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _start(command: list[str], found: dict[str, Any], extra: dict[str, str]) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=found["directory"],
+            env={**_plain_environment(found["user"]), **extra},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **_identity(found["user"]),
+        )
+    except OSError as err:
+        raise CommandExecutionError(
+            f"{command[0]} cannot be run as {found['user']} in {found['directory']}: {err.strerror}"
+        ) from err
+
+
+def _mask(text: bytes, secrets: list[str]) -> str:
+    shown = text.decode("utf-8", "replace")
+    for secret in secrets:
+        shown = shown.replace(secret, "********")
+    return shown
+
+
+def run(command: list[str], timeout: float, variables: dict[str, str] | None = None) -> dict:
+    """
+    Run a command of the backend's, as its user, in its directory, with its unit's environment.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.run '["alembic", "history"]' 30
+
+    command
+        List of arguments; a first one without a slash is looked for in the virtual environment.
+    timeout
+        Seconds; the command and all it started are then killed.
+    variables
+        More environment variables, over those of the unit.
+
+    Returns ``retcode`` (``None`` if it was killed for its time), ``stdout`` and ``stderr``, in
+    which the values of the unit's variables that could be secret are masked. Raises
+    ``CommandExecutionError`` if the command cannot be started.
+    """
+    found = facts()
+    if found["problem"]:
+        raise CommandExecutionError(found["problem"])
+    if "/" not in command[0]:
+        command = [os.path.join(found["venv"], "bin", command[0]), *command[1:]]
+    extra = _unit_environment()
+    secrets = __salt__["slmdb_secret.hidden"](extra)
+    process = _start(command, found, {**extra, **(variables or {})})
+    try:
+        output, errors = process.communicate(timeout=timeout)
+        retcode = process.returncode
+    except subprocess.TimeoutExpired:
+        _end(process)
+        output, errors = process.communicate()
+        retcode = None
+    except BaseException:
+        _end(process)
+        raise
+    return {
+        "retcode": retcode,
+        "stdout": _mask(output, secrets),
+        "stderr": _mask(errors, secrets),
+    }
+
+
+def _cache_file(found: dict[str, Any]) -> str:
+    name = hashlib.sha256(f"{found['ini']}\n{found['venv']}".encode()).hexdigest()[:16]
+    return os.path.join(__opts__["cachedir"], "slmdb", f"alembic-{name}.json")
+
+
+def _sources(found: dict[str, Any], paths: list[str]) -> list[str]:
+    files = [found["ini"], os.path.join(found["venv"], "pyvenv.cfg"), found["python"]]
+    for path in paths:
+        for folder, folders, names in os.walk(path):
+            folders[:] = sorted(name for name in folders if name != "__pycache__")
+            files += [os.path.join(folder, name) for name in sorted(names)]
+    return files
+
+
+def _state_of(found: dict[str, Any], paths: list[str]) -> str:
+    """A digest of every file the history comes from: name, size and time, not content."""
+    digest = hashlib.sha256()
+    for path in _sources(found, paths):
+        try:
+            seen = os.stat(path)
+            digest.update(f"{path}\0{seen.st_size}\0{seen.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{path}\0missing\n".encode())
+    return digest.hexdigest()
+
+
+def _remembered(found: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        with open(_cache_file(found), encoding="utf-8") as stream:
+            kept = json.load(stream)
+        return kept if kept["state"] == _state_of(found, kept["paths"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(found: dict[str, Any], given: dict[str, Any], state: str) -> None:
+    path = _cache_file(found)
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump({**given, "state": state}, stream)
+        os.replace(temporary, path)
+    except OSError:
+        return  # a cache that cannot be written costs time, nothing else
+
+
+def _answer(output: bytes, errors: bytes, python: str) -> dict[str, Any]:
+    try:
+        given = json.loads(output)
+        if "error" not in given:
+            return {key: given[key] for key in ("heads", "revisions", "order", "paths")}
+        reason = given["error"]
+    except (ValueError, KeyError, TypeError):
+        lines = errors.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+        reason = lines[-1].strip()
+    raise CommandExecutionError(f"Alembic cannot be asked with {python}: {reason[:300]}")
+
+
+def graph(timeout: float = 30) -> dict[str, Any]:
+    """
+    Return the history of revisions as the backend's own Alembic sees it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.graph
+
+    timeout
+        Seconds Alembic may take when it has to be asked again because a file changed.
+
+    Returns ``heads`` (list), ``revisions`` (name to ``down``, ``depends`` and ``message``) and
+    ``order`` (names, newest first). Raises ``CommandExecutionError`` with one line if there is no
+    backend, no virtual environment, no Alembic, or if its history is broken.
+    """
+    found = facts()
+    if found["problem"]:
+        raise CommandExecutionError(found["problem"])
+    kept = _remembered(found)
+    if kept is None:
+        process = _start([found["python"], "-c", ASK, found["ini"]], found, {})
+        try:
+            output, errors = process.communicate(timeout=max(timeout, 0.1))
+        except subprocess.TimeoutExpired as err:
+            raise CommandExecutionError(
+                f"Alembic did not answer within {timeout:.1f} s; slmdb.revision waits longer"
+            ) from err
+        finally:
+            _end(process)
+        kept = _answer(output, errors, found["python"])
+        _remember(found, kept, _state_of(found, kept["paths"]))
+    return {key: kept[key] for key in ("heads", "revisions", "order")}
+
+
+def reached(revisions: dict[str, dict], current: list[str]) -> list[str]:
+    """
+    Say which revisions a database at the given ones has: they and all they build on.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.reached '{}' '[]'
+
+    revisions
+        As in ``graph``.
+    current
+        Names of the revisions the database says it has.
+
+    Returns a sorted list of names, unknown ones left out. Raises nothing.
+    """
+    found: set[str] = set()
+    waiting = [name for name in current if name in revisions]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [*revisions[name]["down"], *revisions[name]["depends"]]
+    return sorted(found)

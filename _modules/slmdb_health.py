@@ -1,0 +1,335 @@
+"""
+What a health report is made of: short questions to the host and the server, all by one deadline.
+
+The server may be down, stopped in the middle of a query or not there at all: whatever cannot be
+asked in time becomes a line of the report. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+__virtualname__ = "slmdb_health"
+
+# Beyond this size of pg_class (some 20,000 relations) measuring the database means looking at so
+# many files that the report would come late.
+LARGE_CATALOGUE = 8 * 1024 * 1024
+LATE = "the server did not answer in time"
+
+SERVER = """
+SELECT set_config('statement_timeout', %(patience)s, false) AS patience,
+       current_setting('server_version') AS version,
+       to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC',
+               'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS started,
+       pg_is_in_recovery() AS in_recovery,
+       current_setting('max_connections')::int AS allowed,
+       (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS used,
+       (SELECT max(age(datfrozenxid)) FROM pg_database) AS transaction_id_age,
+       (SELECT sum(checksum_failures)::bigint FROM pg_stat_database) AS checksum_failures,
+       (SELECT json_build_object('pid', pid, 'user', usename, 'database', datname, 'state', state,
+               'seconds', extract(epoch FROM clock_timestamp() - xact_start)::bigint)
+          FROM pg_stat_activity
+         WHERE backend_type = 'client backend' AND xact_start IS NOT NULL
+           AND pid <> pg_backend_pid()
+         ORDER BY xact_start LIMIT 1) AS oldest_transaction,
+       (SELECT json_build_object('name', gid, 'user', owner, 'database', database,
+               'seconds', extract(epoch FROM clock_timestamp() - prepared)::bigint)
+          FROM pg_prepared_xacts ORDER BY prepared LIMIT 1) AS oldest_prepared,
+       (SELECT rolcanlogin FROM pg_roles WHERE rolname = %(role)s) AS role_may_log_in,
+       (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(database)s) AS owner
+"""
+DATABASE = """
+SELECT set_config('statement_timeout', %(patience)s, false) AS patience,
+       CASE WHEN pg_relation_size('pg_catalog.pg_class') < %(large)s
+            THEN pg_database_size(current_database()) END AS bytes,
+       ARRAY(SELECT t FROM unnest(%(tables)s::text[]) AS t WHERE NOT EXISTS (
+             SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE c.relname = split_part(t, '.', CASE position('.' IN t) WHEN 0 THEN 1 ELSE 2 END)
+                AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
+                AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+                AND (position('.' IN t) = 0 OR n.nspname = split_part(t, '.', 1)))) AS missing
+"""
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _wait(moment: float, owner: int, connection: Any) -> None:
+    """Wait for the server as psycopg2 asks, but in this thread no longer than until the moment."""
+    from psycopg2 import extensions
+
+    while True:
+        wanted = connection.poll()
+        if wanted == extensions.POLL_OK:
+            return
+        left = moment - time.monotonic() if threading.get_ident() == owner else None
+        if left is not None and left <= 0:
+            raise CommandExecutionError(LATE)
+        poller = select.poll()
+        events = select.POLLIN if wanted == extensions.POLL_READ else select.POLLOUT
+        poller.register(connection.fileno(), events)
+        poller.poll(None if left is None else int(left * 1000) + 1)
+
+
+@contextlib.contextmanager
+def _deadline(moment: float) -> Iterator[None]:
+    """Let every wait for the server inside the block end by a moment of the monotonic clock."""
+    try:
+        from psycopg2 import extensions
+    except ImportError:
+        yield
+        return
+    before = extensions.get_wait_callback()
+    extensions.set_wait_callback(functools.partial(_wait, moment, threading.get_ident()))
+    __salt__["slmdb_server.forget"]()  # a connection of before would keep its own settings
+    try:
+        yield
+    finally:
+        extensions.set_wait_callback(before)
+        __salt__["slmdb_server.forget"]()
+
+
+def _line(err: Exception) -> str:
+    """One line of an error: ours in full, of any other only its kind, which holds no value."""
+    if isinstance(err, (CommandExecutionError, SaltInvocationError)):
+        return (str(err).strip().splitlines() or ["no reason was given"])[0]
+    return f"this part of the report failed with {type(err).__name__}"
+
+
+class _Parts:
+    """Collects the parts of a report; a part that fails leaves a line instead of a value."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def get(self, what: str, function: Callable, *arguments: Any, default: Any = None) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as err:  # a report comes whatever happens
+            line = _line(err)
+            if line != LATE or not any(LATE in one for one in self.failures):
+                self.failures.append(f"{what}: {line}")
+            return default
+
+
+def ready(timeout: int = 1) -> dict[str, Any]:
+    """
+    Ask whether the server accepts connections, with ``pg_isready``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_health.ready
+
+    timeout
+        Seconds to wait for an answer.
+
+    Returns ``retcode`` (0 accepting, 1 rejecting, 2 no answer, 3 not tried) and ``line``, as
+    ``pg_isready`` gives them. Raises ``CommandExecutionError`` if the instance's facts cannot be
+    told.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    settings = __salt__["slmdb_pillar.settings"]()
+    where = ["-h", found["socket_directory"], "-p", str(found["port"])]
+    who = ["-U", settings["role"], "-d", settings["database"], "-t", str(timeout)]
+    program = os.path.join(found["bin_directory"], "pg_isready")
+    try:
+        done = subprocess.run(
+            [program, *where, *who],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env={"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", "")},
+        )
+    except FileNotFoundError:
+        return {"retcode": 3, "line": f"there is no {program}"}
+    except subprocess.TimeoutExpired:
+        # libpq before 17 takes one second for two; these are the words it would have found.
+        return {"retcode": 2, "line": f"{found['socket_directory']}:{found['port']} - no response"}
+    except OSError as err:
+        return {"retcode": 3, "line": f"{program} cannot be run: {err.strerror}"}
+    return {"retcode": done.returncode, "line": (done.stdout or done.stderr).strip()}
+
+
+def _unit(found: dict[str, Any]) -> dict[str, Any]:
+    if not found["systemd"]:
+        return {"name": found["unit"], "state": "skipped: no systemd"}
+    state = __salt__["slmdb_service.unit_state"]()
+    return {
+        "name": found["unit"],
+        "state": state.get("ActiveState", "unknown"),
+        "enabled": state.get("UnitFileState", ""),
+        "is_the_server": bool(found["pid"]) and state.get("MainPID") == found["pid"],
+    }
+
+
+def _disk(path: str) -> dict[str, Any] | None:
+    try:
+        there = os.path.realpath(path)
+        seen = os.statvfs(there)
+    except OSError:
+        return None
+    size = seen.f_blocks * seen.f_frsize
+    free = seen.f_bavail * seen.f_frsize
+    return {"path": there, "free_bytes": free, "free_percent": round(100 * free / (size or 1), 1)}
+
+
+def _about_server(patience: str, settings: dict[str, Any]) -> dict[str, Any]:
+    values = {"patience": patience, "role": settings["role"], "database": settings["database"]}
+    return __salt__["slmdb_server.query"](SERVER, values)[0]
+
+
+def _about_database(patience: str, settings: dict[str, Any]) -> dict[str, Any]:
+    values = {
+        "patience": patience,
+        "tables": list(settings["health"]["tables"]),
+        "large": LARGE_CATALOGUE,
+    }
+    return __salt__["slmdb_server.query"](DATABASE, values, database=settings["database"])[0]
+
+
+def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, Any]) -> dict:
+    data = found["data_directory"]
+    return {
+        "connections": {"used": server.get("used"), "allowed": server.get("allowed")},
+        "database_bytes": inside.get("bytes"),
+        "database_bytes_left_out": bool(inside) and inside.get("bytes") is None,
+        "disk": {"data": _disk(data), "wal": _disk(os.path.join(data, "pg_wal"))},
+        "oldest_transaction": server.get("oldest_transaction"),
+        "oldest_prepared": server.get("oldest_prepared"),
+        "transaction_id_age": server.get("transaction_id_age"),
+        "checksum_failures": server.get("checksum_failures"),
+    }
+
+
+def _server(found: dict[str, Any], answer: dict[str, Any], unit: dict, row: dict) -> dict[str, Any]:
+    return {
+        "instance": f"{found['version']}/{found['name']}",
+        "exists": found["exists"],
+        "running": found["running"],
+        "port": found["port"],
+        "pg_isready": answer,
+        "version": row.get("version"),
+        "started": row.get("started"),
+        "in_recovery": row.get("in_recovery"),
+        "database_owner": row.get("owner"),
+        "role_may_log_in": row.get("role_may_log_in"),
+        "unit": unit,
+    }
+
+
+def empty() -> dict[str, Any]:
+    """
+    Return a report that knows nothing yet: every key, no answer.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_health.empty
+
+    Returns a dictionary with the keys of a report. Raises nothing.
+    """
+    return {
+        "healthy": False,
+        "problems": [],
+        "warnings": [],
+        "server": {},
+        "access": {"addresses": [], "rule_errors": [], "matrix": []},
+        "migration": {},
+        "tables": {"expected": [], "missing": None},
+        "capacity": {},
+        "secret": {},
+        "pending": [],
+        "foreign": [],
+        "fixed": [],
+    }
+
+
+def report(timeout: float | None = None) -> dict[str, Any]:
+    """
+    Ask the host and the server everything a health report says.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_health.report
+
+    timeout
+        Seconds within which the report is there; ``None``: ``health:timeout`` from pillar.
+
+    Returns ``healthy``, ``problems``, ``warnings``, ``server``, ``access``, ``migration``,
+    ``tables``, ``capacity``, ``secret`` and ``pending``; further ``foreign`` (what overrides our
+    settings) and ``fixed`` (what only a rebuild changes). Raises nothing.
+    """
+    begun = time.monotonic()
+    answer, parts = empty(), _Parts()
+    settings = parts.get("settings", __salt__["slmdb_pillar.settings"])
+    found = parts.get("instance", __salt__["slmdb_instance.facts"]) if settings else None
+    if settings and found:
+        # What is left over is for Salt: to print the report, to end the children.
+        moment = begun + (timeout or settings["health"]["timeout"]) - 0.3
+        _fill(answer, parts, settings, found, moment)
+        verdict = parts.get(
+            "verdict", __salt__["slmdb_health_verdict.judge"], answer, settings, default={}
+        )
+        answer["problems"] += verdict.get("problems", [])
+        answer["warnings"] += verdict.get("warnings", [])
+    answer["problems"] += parts.failures
+    answer["healthy"] = not answer["problems"]
+    return answer
+
+
+def _fill(
+    answer: dict[str, Any], parts: _Parts, settings: dict, found: dict, moment: float
+) -> None:
+    """Fill the report, part by part, with what can be asked by the moment."""
+    isready = parts.get("pg_isready", ready, 1, default={"retcode": 3, "line": ""})
+    unit = parts.get("unit", _unit, found, default={})
+    row: dict[str, Any] = {}
+    inside: dict[str, Any] = {}
+    answer["tables"]["expected"] = list(settings["health"]["tables"])
+    answer["access"]["addresses"] = parts.get("access", __salt__["slmdb_instance.listens"])
+    with _deadline(moment):
+        if isready["retcode"] == 0:
+            row = parts.get("server", _about_server, _patience(moment), settings, default={})
+        if row.get("owner"):
+            inside = parts.get("database", _about_database, _patience(moment), settings, default={})
+            answer["tables"]["missing"] = inside.get("missing")
+        if row:
+            _fill_from_server(answer, parts)
+        answer["secret"] = parts.get("secret", __salt__["slmdb_secret.facts"], default={})
+        left = max(moment - time.monotonic(), 0.1)
+        answer["migration"] = parts.get(
+            "migration", __salt__["slmdb_migration.revision"], left, default={}
+        )
+    answer["server"] = _server(found, isready, unit, row)
+    answer["capacity"] = _capacity(found, row, inside)
+
+
+def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:
+    access = answer["access"]
+    access["rule_errors"] = parts.get("access", __salt__["slmdb_access.rule_errors"], default=[])
+    access["matrix"] = parts.get("access", __salt__["slmdb_access.matrix"], default=[])
+    answer["pending"] = parts.get("pending", __salt__["slmdb_config.pending"], default=[])
+    answer["foreign"] = parts.get("foreign", __salt__["slmdb_config.foreign"], default=[])
+    answer["fixed"] = parts.get("instance", __salt__["slmdb_instance.report"], default=[])
+
+
+def _patience(moment: float) -> str:
+    """What a single statement may take: half of what is left, so that one cannot cost the rest."""
+    return f"{max(int((moment - time.monotonic()) * 500), 50)}ms"

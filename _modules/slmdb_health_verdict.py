@@ -1,0 +1,221 @@
+"""
+What of a health report is a problem, and what only deserves a warning. Nothing is asked here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from typing import Any
+
+__virtualname__ = "slmdb_health_verdict"
+
+APPLY = "state.apply slm_database"
+OLD_TRANSACTION = 3600  # seconds; beyond it, vacuum has been kept from its work for too long
+AGE_WARNING = 1_000_000_000  # transactions; autovacuum acts at 200 million, the limit is 2^31
+AGE_PROBLEM = 1_900_000_000
+DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
+BUSY = 0.9  # of the connections
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[str]]:
+    """
+    Say what is wrong in a report, and what is only worth knowing.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_health_verdict.judge '{}' '{}'
+
+    report
+        As ``slmdb_health.report`` fills it; parts that could not be read are empty.
+    settings
+        As ``slmdb_pillar.settings`` gives them.
+
+    Returns ``problems`` and ``warnings``, lists of one line each. Raises nothing for a report of
+    that shape.
+    """
+    problems = [*_server(report, settings), *_inside(report, settings), *_access(report, settings)]
+    warnings = [*_unit_warnings(report), *_address_warnings(report, settings)]
+    for part in (_secret, _upkeep, _capacity):
+        for grave, line in part(report):
+            (problems if grave else warnings).append(line)
+    warnings += [*_tables(report), *_migration(report), *_waiting(report)]
+    return {"problems": problems, "warnings": warnings}
+
+
+def _server(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    server = report["server"]
+    unit, ready = server["unit"], server["pg_isready"]
+    if not server["exists"]:
+        yield f"instance {server['instance']} does not exist; {APPLY} makes it"
+        return
+    if ready["retcode"] != 0:
+        yield f"the server does not accept connections: {ready['line'] or 'no answer'}"
+    state = unit.get("state", "")
+    if state not in ("active", "") and not state.startswith("skipped"):
+        yield f"the unit {unit['name']} is {state}"
+    elif state == "active" and server["running"] and not unit["is_the_server"]:
+        yield f"the server runs outside its unit {unit['name']}; {APPLY}.service puts it there"
+    if server["port"] != settings["port"]:
+        yield f"slm_database:port: {settings['port']} is wanted, the server has {server['port']}"
+
+
+def _inside(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    """What only a server that answered can say."""
+    server = report["server"]
+    if server["version"] is None:
+        return
+    if server["in_recovery"]:
+        yield "the server is in recovery: it accepts no change"
+    if server["database_owner"] is None:
+        yield f"database {settings['database']} does not exist; {APPLY} makes it"
+    elif server["database_owner"] != settings["role"]:
+        owner = server["database_owner"]
+        yield f"database {settings['database']} belongs to {owner}, not to {settings['role']}"
+    if server["role_may_log_in"] is None:
+        yield f"role {settings['role']} does not exist; {APPLY} makes it"
+    elif not server["role_may_log_in"]:
+        yield f"role {settings['role']} may not log in"
+
+
+def _loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def _access(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    access = report["access"]
+    outside = [one for one in access["addresses"] or [] if not _loopback(one)]
+    if outside and not settings["allow_remote"]:
+        port = report["server"]["port"]
+        yield (
+            f"port {port} is listened on at {', '.join(outside)}, off loopback; "
+            "slm_database:allow_remote is false"
+        )
+    yield from (f"access rule: {line}" for line in access["rule_errors"] or [])
+    for row in access["matrix"] or []:
+        if not row["right"]:
+            yield (
+                f"login matrix: {row['login']} would be {row['judged']}, "
+                f"not {row['expected']} ({row['key']})"
+            )
+
+
+def _unit_warnings(report: dict[str, Any]) -> Iterator[str]:
+    unit = report["server"]["unit"]
+    if unit.get("state") == "active" and unit["enabled"] not in ("enabled", "enabled-runtime"):
+        enabled = unit["enabled"] or "unknown"
+        yield f"the unit {unit['name']} does not start at boot: it is {enabled}"
+
+
+def _address_warnings(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    if report["server"]["pg_isready"]["retcode"] != 0:
+        return
+    listened = report["access"]["addresses"] or []
+    for address in settings["listen_addresses"]:
+        if address not in ("*", "0.0.0.0", "::", "localhost") and address not in listened:
+            yield f"slm_database:listen_addresses: nothing listens on {address}"
+
+
+def _secret(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    secret = report["secret"]
+    if not secret:
+        return
+    file = secret["file"]
+    if secret["problem"]:
+        yield True, f"secret: {secret['problem']}"
+    elif not secret["exists"]:
+        yield True, f"secret: there is no {file}; {APPLY}.secret makes it"
+    if secret["in_step"] is False:
+        yield True, f"{file}: the password is not the server's; {APPLY}.secret sets it there"
+    for name, wanted in secret["wanted"].items():
+        seen = secret[name]
+        if seen not in (None, wanted):
+            yield _wider(name, seen, wanted), f"{file}: {name} is {seen}, not {wanted}"
+
+
+def _upkeep(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """What of the secret asks for a hand, but works."""
+    secret = report["secret"]
+    if not secret:
+        return
+    file = secret["file"]
+    for name in secret["url_stale"]:
+        yield False, f"{file}: {name} holds another password than the one in force"
+    if secret["exists"] and secret["missing_keys"]:
+        names = ", ".join(secret["missing_keys"])
+        yield False, f"{file}: the backend's own keys are missing: {names}"
+    if secret["rotation"]:
+        yield False, f"a rotation of the password was interrupted; {APPLY}.secret settles it"
+    if secret["overdue"]:
+        age = secret["age_days"]
+        yield False, f"the password is {age} days old: slmdb_secret.rotate is overdue"
+    if secret.get("left_behind"):
+        yield False, f"{secret['left_behind']} still holds another password"
+
+
+def _wider(name: str, found: str, wanted: str) -> bool:
+    """A mode that lets more people in is grave; another owner or a narrower mode is not."""
+    return name == "mode" and bool(int(found, 8) & ~int(wanted, 8))
+
+
+def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    capacity = report["capacity"]
+    for what, disk in (capacity.get("disk") or {}).items():
+        if disk and disk["free_percent"] < DISK_WARNING:
+            grave = disk["free_percent"] < DISK_PROBLEM
+            yield grave, f"the disk of {what} ({disk['path']}) has {disk['free_percent']} % free"
+    connections = capacity.get("connections") or {}
+    if connections.get("used") is not None and connections["used"] > BUSY * connections["allowed"]:
+        yield False, f"{connections['used']} of {connections['allowed']} connections are used"
+    oldest = capacity.get("oldest_transaction")
+    if oldest and oldest["seconds"] > OLD_TRANSACTION:
+        yield (
+            False,
+            f"a transaction is open for {oldest['seconds']} s: pid {oldest['pid']}, "
+            f"user {oldest['user']}, database {oldest['database']}",
+        )
+    prepared = capacity.get("oldest_prepared")
+    if prepared and prepared["seconds"] > OLD_TRANSACTION:
+        yield False, f"prepared transaction {prepared['name']} waits for {prepared['seconds']} s"
+    age = capacity.get("transaction_id_age") or 0
+    if age > AGE_WARNING:
+        yield age > AGE_PROBLEM, f"the oldest transaction id is {age} old; vacuum does not keep up"
+    if capacity.get("checksum_failures"):
+        yield True, f"data checksums failed {capacity['checksum_failures']} times"
+
+
+def _tables(report: dict[str, Any]) -> Iterator[str]:
+    missing = report["tables"]["missing"]
+    if missing:
+        yield f"tables are missing: {', '.join(missing)}"
+
+
+def _migration(report: dict[str, Any]) -> Iterator[str]:
+    migration = report["migration"]
+    state = migration.get("state")
+    # "Not tracked" is how a new install looks; a backend that is not there has nothing to migrate.
+    quiet = ("up to date", "not deployed", "not tracked", "tracked by the backend", None)
+    many = len(migration.get("heads") or []) > 1
+    known = state != "unknown" or report["server"]["version"]
+    if known and (many or state not in quiet):
+        yield f"migrations: {migration['comment']}"
+
+
+def _waiting(report: dict[str, Any]) -> Iterator[str]:
+    for row in report["pending"] or []:
+        yield f"{row['name']} {row['old']} → {row['new']} waits for a restart since {row['since']}"
+    for row in report.get("foreign") or []:
+        yield (
+            f"{row['name']} is {row['value']} in {row['file']}, line {row['line']}, "
+            f"which overrides ours ({row['ours']})"
+        )
+    yield from report.get("fixed") or []
