@@ -5,4 +5,4 @@ include:
 The secret can be applied:
   slmdb_secret.applicable:
     - require:
-      - sls: slm_database.check
+      - slmdb_pillar: The pillar is valid
