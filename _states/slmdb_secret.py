@@ -66,7 +66,8 @@ def adopted(name: str) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     """
-    return __states__["slmdb.converge"](name, "slmdb_secret_adoption", server=True)
+    asked = bool(__salt__["slmdb_pillar.get"]("adopt"))
+    return __states__["slmdb.converge"](name, "slmdb_secret_adoption", server=asked)
 
 
 def absent(name: str) -> dict:
