@@ -121,19 +121,76 @@ def _apply(want: dict[str, Any]) -> None:
                 f"role {want['role']} does not exist: create it, then its password is made"
             )
         _make_group(want["group"])
-        if plan.rotation:
-            if plan.edits:
-                store.save(plan.edits, want["owner"], want["group"], want["mode"])
-            _settle(plan)
-            plan = __salt__["slmdb_secret_plan.plan"](want, store)
+        for _ in range(2):  # what was interrupted, then what is supplied
+            if plan.rotation:
+                _settle(plan)
+                plan = __salt__["slmdb_secret_plan.plan"](want, store)
         _write(plan)
 
 
-def _settle(plan: Any) -> None:
+def _settle(plan: Any) -> dict[str, Any]:
     if plan.rotation == "interrupted":
-        __salt__["slmdb_secret_rotation.resume"](plan)
-    else:
-        __salt__["slmdb_secret_rotation.rotate"](plan, plan.supplied)
+        return __salt__["slmdb_secret_rotation.resume"](plan)
+    want = plan.want
+    if plan.edits:
+        plan.store.save(plan.edits, want["owner"], want["group"], want["mode"])
+    if not plan.in_step(plan.password):
+        __salt__["slmdb_verifier.put"](want["role"], plan.password)
+    return __salt__["slmdb_secret_rotation.rotate"](plan, plan.supplied, strict=False)
+
+
+def rotate(dry_run: bool = False, role: str | None = None) -> dict[str, Any]:
+    """
+    Replace the password in the file, the server and the running backend, or change nothing.
+
+    dry_run
+        True says what would be done and does nothing.
+    role
+        The role; default: the application's. Others are those of the settings that have a secret
+        file.
+
+    Returns rotated, role, file, backend (what was done with it), login (True if the new password
+    was seen to log in), old_password_refused and url_stale (URL keys of the operator's own that
+    need the new password). Raises ``CommandExecutionError`` with one line if it cannot begin or had
+    to be undone.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*.19' slmdb_secret.rotate dry_run=True
+        salt '*.19' slmdb_secret.rotate
+    """
+    want = _known(role)
+    if want["from_pillar"]:
+        raise SaltInvocationError(
+            f"the password of {want['role']} is supplied by pillar key {want['from_pillar']}: "
+            "change it there and apply slm_database.secret"
+        )
+    store = __salt__["slmdb_secret_file.store"](want["file"])
+    if not store.exists:
+        raise CommandExecutionError(
+            f"{want['file']} does not exist: apply slm_database.secret first"
+        )
+    if dry_run:
+        plan = __salt__["slmdb_secret_plan.plan"](want, store)
+        return __salt__["slmdb_secret_rotation.preview"](plan)
+    with store.locked():
+        plan = __salt__["slmdb_secret_plan.plan"](want, store)
+        if plan.rotation:
+            report = _settle(plan)
+            if report["rotated"]:
+                return report
+            plan = __salt__["slmdb_secret_plan.plan"](want, store)
+        return __salt__["slmdb_secret_rotation.rotate"](plan)
+
+
+def _known(role: str | None) -> dict[str, Any]:
+    everyone = __salt__["slmdb_secret_plan.everyone"]()
+    for want in everyone:
+        if want["file"] and role in (None, want["role"]):
+            return want
+    raise SaltInvocationError(f"role {role} has no secret file in the settings")
 
 
 def _write(plan: Any) -> None:
