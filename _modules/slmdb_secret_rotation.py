@@ -181,7 +181,8 @@ def _check(rotation: _Rotation, strict: bool) -> None:
     if strict and not rotation.login_works:
         raise CommandExecutionError(
             "the present password does not log in over 127.0.0.1 "
-            f"({rotation._login(plan.password)}), so a new one could not be proven: nothing was changed"
+            f"({rotation._login(plan.password)}), so a new one could not be proven: "
+            "nothing was changed"
         )
 
 
