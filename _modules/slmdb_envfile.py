@@ -20,7 +20,7 @@ _WHITESPACE = " \t\n\r"
 _COMMENT = "#;"
 _ESCAPED_IN_DOUBLE_QUOTES = '"\\`$'
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_BARE_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,~^=-]+\Z")
+_BARE_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,^=-]+\Z")
 
 
 class Entry(NamedTuple):
@@ -355,15 +355,27 @@ def edit(data: bytes, changes: dict[str, str | None]) -> bytes:
 
         salt-call slmdb_envfile.edit 'A=1' '{"A": "2"}'
     """
-    for separator in (b"", b"\n"):
-        result = data
-        for key, value in changes.items():
-            result = _removed(result, key) if value is None else _set(result, key, value, separator)
+    end = _place_for_new(data)
+    for place, gap in ((end, b""), (end, b"\n"), (0, b"")):
+        result = _edited(data, changes, place, gap)
         if all(_reads_back(data, result, changes, old) for old in (False, True)):
             return result
     raise CommandExecutionError(
         f"cannot set {', '.join(changes)} so that systemd reads it back: see the lines around it"
     )
+
+
+def _edited(data: bytes, changes: dict[str, str | None], place: int, gap: bytes) -> bytes:
+    """Add the new keys at a place, behind a gap if a comment there would swallow them."""
+    new = [key for key, value in changes.items() if value is not None and not _named(data, key)]
+    lines = b"".join(f"{key}={quoted(changes[key] or '')}\n".encode() for key in new)
+    result = data[:place] + (gap if new else b"") + lines + data[place:]
+    for key, value in changes.items():
+        if value is None:
+            result = _removed(result, key)
+        elif key not in new:
+            result = _replaced(result, key, value)
+    return result
 
 
 def _reads_back(before: bytes, after: bytes, changes: dict[str, str | None], old: bool) -> bool:
@@ -386,17 +398,12 @@ def _named(data: bytes, key: str) -> list[Entry]:
     return [entry for entry in entries(data) if entry.assignment and entry.key == key]
 
 
-def _set(data: bytes, key: str, value: str, separator: bytes) -> bytes:
+def _replaced(data: bytes, key: str, value: str) -> bytes:
     text = quoted(value).encode()
-    present = _named(data, key)
-    for entry in reversed(present):
+    for entry in reversed(_named(data, key)):
         end = entry.end - 1 if data[entry.end - 1 : entry.end] in (b"\n", b"\r") else entry.end
         data = data[: entry.value_start] + text + data[end:]
-    if present:
-        return data
-    place = _place_for_new(data)
-    gap = separator if place and data[:place].rstrip(b"\r\n").endswith(b"\\") else b""
-    return data[:place] + gap + key.encode() + b"=" + text + b"\n" + data[place:]
+    return data
 
 
 def _place_for_new(data: bytes) -> int:
