@@ -105,7 +105,7 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
 def _inside(name: str, options: dict[str, Any]) -> dict:
     """What differs within a database; asking takes a connection to it."""
     row = __salt__["slmdb_server.query"](INSIDE, database=name)[0]
-    changes = {}
+    changes: dict = {}
     if row["public_creates"]:
         changes[f"database {name}: schema public"] = {
             "old": "PUBLIC may create",

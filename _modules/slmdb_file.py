@@ -9,6 +9,7 @@ import os
 import pwd
 import stat
 import tempfile
+from collections.abc import Callable
 
 from salt.exceptions import CommandExecutionError
 
@@ -66,7 +67,7 @@ def _sync_directory(path: str) -> None:
         os.close(handle)
 
 
-def _owner(identity: int, lookup) -> str:
+def _owner(identity: int, lookup: Callable) -> str:
     try:
         return lookup(identity)[0]
     except KeyError:

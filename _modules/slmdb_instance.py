@@ -70,8 +70,8 @@ def version() -> str:
     existing = _existing()
     if existing and asked and str(asked) not in existing:
         raise CommandExecutionError(
-            f"slm_database:version: {asked} is asked for, but instance {existing[-1]}/{NAME} exists; "
-            "a state does not upgrade across majors: remove the key, or upgrade first"
+            f"slm_database:version: {asked} is asked for, but instance {existing[-1]}/{NAME} "
+            "exists; a state does not upgrade across majors: remove the key, or upgrade first"
         )
     if asked:
         return str(asked)
@@ -237,8 +237,9 @@ def _unusable(found: dict[str, Any]) -> str | None:
         )
     if os.path.isdir(data) and os.listdir(data):
         return (
-            f"instance {found['version']}/{NAME}: {data} holds data but {found['config_directory']} "
-            "is missing; bring the configuration back, or move the data away"
+            f"instance {found['version']}/{NAME}: {data} holds data but "
+            f"{found['config_directory']} is missing; bring the configuration "
+            "back, or move the data away"
         )
     return None
 
@@ -289,8 +290,13 @@ def apply() -> None:
     if answer["retcode"]:
         # pg_createcluster cleans up after a failed initdb itself; what a kill leaves is refused
         # by differences(), which names the way out.
-        lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
-        raise CommandExecutionError(f"pg_createcluster: {lines[-1]}")
+        raise CommandExecutionError(f"pg_createcluster: {_why(answer)}")
+
+
+def _why(answer: dict) -> str:
+    """The line of a failed command's output that names the error, else the last one."""
+    lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
+    return next((line for line in lines if "error:" in line.lower()), lines[-1])
 
 
 def report() -> list[str]:
@@ -379,5 +385,4 @@ def remove() -> None:
         ["pg_dropcluster", "--stop", found["version"], NAME], python_shell=False
     )
     if answer["retcode"]:
-        lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
-        raise CommandExecutionError(f"pg_dropcluster: {lines[-1]}")
+        raise CommandExecutionError(f"pg_dropcluster: {_why(answer)}")

@@ -66,7 +66,7 @@ def _recorded() -> dict | None:
 
 def begin_run() -> None:
     """
-    Say that a state run has begun: from here on pillar alone decides, not the record of the last one.
+    Say that a state run has begun: from here on pillar alone decides, not the last one's record.
 
     CLI Example:
 

@@ -19,7 +19,7 @@ try:
     import psycopg2
     import psycopg2.extras
 except ImportError:
-    psycopg2 = None  # type: ignore[assignment]
+    psycopg2 = None
 
 __virtualname__ = "slmdb_server"
 

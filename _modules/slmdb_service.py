@@ -173,7 +173,9 @@ def _wait() -> None:
     deadline = time.monotonic() + PATIENCE
     while not __salt__["slmdb_server.available"]():
         if time.monotonic() > deadline:
-            raise CommandExecutionError(f"the server did not answer within {PATIENCE} s of its start")
+            raise CommandExecutionError(
+                f"the server did not answer within {PATIENCE} s of its start"
+            )
         time.sleep(0.1)
 
 
@@ -191,7 +193,7 @@ def differences() -> dict:
     ``CommandExecutionError`` if the instance's facts cannot be told.
     """
     found = __salt__["slmdb_instance.facts"]()
-    changes = {}
+    changes: dict = {}
     state = unit_state()
     alive = found["running"] and (not state or state["MainPID"] == found["pid"])
     if not alive:

@@ -50,9 +50,9 @@ class Minion:
         self._write(pillar)
         self.modules["slmdb_server.forget"]()
         self.loaders.context.clear()
-        told = self.loaders.opts["pillar"]
-        told.clear()
-        told.update(copy.deepcopy(pillar or {}))
+        for told in (self.loaders.opts["pillar"], self.modules.pack["__pillar__"]):
+            told.clear()
+            told.update(copy.deepcopy(pillar or {}))
         return self
 
     def call(self, function: str, *arguments, **keywords):
@@ -75,7 +75,7 @@ def _private_world():
 
 @pytest.fixture(scope="session")
 def minions(tmp_path_factory):
-    """Give a Salt with a pillar: `minions({"slm_database": {...}})`; one for each set of options."""
+    """Give a Salt with a pillar, as `minions({"slm_database": {…}})`; one per set of options."""
 
     def give(pillar: dict | None = None, **options) -> Minion:
         key = json.dumps(options, sort_keys=True)
@@ -96,7 +96,12 @@ def start_server(minion: Minion) -> None:
     """What `pg_ctlcluster start` does, without its two seconds of patience."""
     found = minion.call("slmdb_instance.facts")
     program = [f"{found['bin_directory']}/pg_ctl", "-D", found["data_directory"], "-w", "-s"]
-    program += ["-o", f"-c config_file={found['config_file']}", "-l", "/var/log/postgresql/test.log"]
+    program += [
+        "-o",
+        f"-c config_file={found['config_file']}",
+        "-l",
+        "/var/log/postgresql/test.log",
+    ]
     subprocess.run(["runuser", "-u", "postgres", "--", *program, "start"], check=True, cwd="/")
 
 

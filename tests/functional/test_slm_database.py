@@ -1,4 +1,4 @@
-"""The whole formula on a host without systemd: what one command makes true, and that it stays so."""
+"""The whole formula on a host without systemd: what one command makes true, and keeps true."""
 
 from __future__ import annotations
 

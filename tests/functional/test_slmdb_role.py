@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-ROLES = {"autobot_slm": {"login": True}, "reader's \"quoted\" ö": {"member_of": ["pg_monitor"]}}
+ROLES = {"autobot_slm": {"login": True}, 'reader\'s "quoted" ö': {"member_of": ["pg_monitor"]}}
 
 
 def test_the_application_role_has_no_special_rights(server):
@@ -64,7 +64,7 @@ def test_a_role_that_owns_something_is_not_dropped(server):
     """Dropping says why it cannot."""
     server.state("slmdb_role.present")
     server.state("slmdb_database.present")
-    with pytest.raises(Exception, match="role autobot_slm: .*cannot be dropped"):
+    with pytest.raises(Exception, match=r"role autobot_slm: .*cannot be dropped"):
         server.call("slmdb_role.drop", "autobot_slm")
     server.call("slmdb_database.drop", "autobot_slm")
     server.call("slmdb_role.drop", "autobot_slm")

@@ -129,7 +129,11 @@ def _overlay(target: str, layer: Path, below: Path | None) -> None:
 def _mount_run() -> None:
     _run("mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", "/run")
     STATE["mounted"].append("/run")
-    for directory, mode in (("/run/postgresql", 0o2775), ("/run/lock", 0o1777), ("/run/sshd", 0o755)):
+    for directory, mode in (
+        ("/run/postgresql", 0o2775),
+        ("/run/lock", 0o1777),
+        ("/run/sshd", 0o755),
+    ):
         os.makedirs(directory)
         os.chmod(directory, mode)
     shutil.chown("/run/postgresql", "postgres", "postgres")
@@ -140,7 +144,11 @@ def _make_bare() -> None:
     for pattern, parent in (("*", "/etc/postgresql"), ("*", "/var/lib/postgresql")):
         for path in Path(parent).glob(pattern):
             shutil.rmtree(path)
-    for path in ("/etc/autobot", "/var/lib/autobot-slm-database", "/etc/postgresql-common/createcluster.d"):
+    for path in (
+        "/etc/autobot",
+        "/var/lib/autobot-slm-database",
+        "/etc/postgresql-common/createcluster.d",
+    ):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,0 +1,104 @@
+"""Databases: made, repaired, and closed to PUBLIC."""
+
+from __future__ import annotations
+
+import pytest
+
+BASE = {"owner": "autobot_slm", "encoding": "UTF8", "locale": "C.UTF-8", "extensions": []}
+
+
+@pytest.fixture
+def host(server):
+    """A server with the application's role, which the databases belong to."""
+    server.call("slmdb_role.apply")
+    return server
+
+
+def test_the_database_belongs_to_its_role_and_not_to_public(host):
+    """The catalog is asked, not the module."""
+    announced = host.state("slmdb_database.present", test=True)
+    made = host.state("slmdb_database.present")
+    assert (announced.result, made.result) == (None, True)
+    assert made.changes == announced.changes
+    again = host.state("slmdb_database.present")
+    assert (again.result, again.changes) == (True, {})
+    facts = host.call(
+        "slmdb_server.query",
+        "SELECT pg_get_userbyid(datdba) AS owner, pg_encoding_to_char(encoding) AS encoding, "
+        "datcollate AS locale, has_database_privilege('public', oid, 'CONNECT') AS connect "
+        "FROM pg_database WHERE datname = 'autobot_slm'",
+    )
+    assert facts == [
+        {"owner": "autobot_slm", "encoding": "UTF8", "locale": "C.UTF-8", "connect": False}
+    ]
+    inside = "SELECT has_schema_privilege('public', 'public', 'CREATE') AS creates"
+    assert host.call("slmdb_server.query", inside, database="autobot_slm") == [{"creates": False}]
+
+
+@pytest.mark.parametrize(
+    "drift",
+    [
+        "GRANT CONNECT ON DATABASE autobot_slm TO PUBLIC",
+        "GRANT TEMPORARY ON DATABASE autobot_slm TO PUBLIC",
+        "ALTER DATABASE autobot_slm OWNER TO postgres",
+        "DROP DATABASE autobot_slm",
+    ],
+)
+def test_drift_outside_is_repaired(host, drift):
+    """What somebody did to the database is announced, then undone."""
+    host.call("slmdb_database.apply")
+    host.call("slmdb_server.forget")
+    host.call("slmdb_server.execute", drift)
+    announced = host.state("slmdb_database.present", test=True)
+    repaired = host.state("slmdb_database.present")
+    assert announced.result is None and announced.changes
+    assert (repaired.result, repaired.changes) == (True, announced.changes)
+    assert host.call("slmdb_database.differences") == {}
+
+
+@pytest.mark.parametrize(
+    "drift",
+    ["GRANT CREATE ON SCHEMA public TO PUBLIC", "ALTER SCHEMA public OWNER TO postgres"],
+)
+def test_drift_inside_is_repaired(host, drift):
+    """The schema public is the owner's alone again."""
+    host.call("slmdb_database.apply")
+    host.call("slmdb_server.execute", drift, database="autobot_slm")
+    assert host.state("slmdb_database.present").result is True
+    assert host.call("slmdb_database.differences") == {}
+
+
+def test_a_database_without_schema_public_is_left_so(host):
+    """Who dropped the schema meant it."""
+    host.call("slmdb_database.apply")
+    host.call("slmdb_server.execute", "DROP SCHEMA public", database="autobot_slm")
+    assert host.call("slmdb_database.differences") == {}
+
+
+def test_extensions_and_further_databases(host):
+    """Pillar's databases have names that need quoting, owners and extensions of their own."""
+    name = 'reports "2026" ö'
+    databases = {name: {**BASE, "extensions": ["pg_trgm"], "encoding": "LATIN1", "locale": "C"}}
+    made = host.state("slmdb_database.present", databases=databases)
+    assert made.result is True
+    assert host.state("slmdb_database.present", databases=databases).changes == {}
+    databases[name]["extensions"] = ["pg_trgm", "hstore"]
+    added = host.state("slmdb_database.present", databases=databases)
+    assert list(added.changes) == [f"database {name}: extension hstore"]
+
+
+def test_an_extension_that_does_not_exist_is_the_server_s_one_line(host):
+    """The failed state says what the server says."""
+    databases = {"autobot_slm": {**BASE, "extensions": ["no_such_thing"]}}
+    result = host.state("slmdb_database.present", databases=databases)
+    assert result.result is False
+    assert 'extension "no_such_thing" is not available' in str(result.comment)
+
+
+def test_encoding_and_locale_that_cannot_be_changed_are_reported(host):
+    """A database that exists is never made again; the report says what only a restore changes."""
+    databases = {"autobot_slm": {**BASE, "encoding": "LATIN1", "locale": "C"}}
+    host.state("slmdb_database.present", databases=databases)
+    assert host.state("slmdb_database.present").changes == {}
+    lines = host.call("slmdb_instance.report")
+    assert [line.partition(":")[2].partition(":")[0] for line in lines] == ["encoding", "locale"]

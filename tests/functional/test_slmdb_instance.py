@@ -1,0 +1,130 @@
+"""The instance: made once, used if it is there, refused if something is in the way."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.functional.conftest import start_server
+
+DATA = "/var/lib/postgresql/15/main"
+CONFIGURATION = "/etc/postgresql/15/main"
+
+
+def create(*options: str) -> None:
+    subprocess.run(["pg_createcluster", *options, "15", "main"], check=True, capture_output=True)
+
+
+@pytest.fixture
+def host(bare, minions):
+    return minions()
+
+
+def test_a_new_instance_has_checksums_and_the_wanted_locale(server):
+    """The server is asked."""
+    rows = server.call(
+        "slmdb_server.query",
+        "SELECT current_setting('data_checksums') AS checksums, datcollate AS locale, "
+        "pg_encoding_to_char(encoding) AS encoding FROM pg_database WHERE datname = 'template1'",
+    )
+    assert rows == [{"checksums": "on", "locale": "C.UTF-8", "encoding": "UTF8"}]
+
+
+def test_apply_test_and_apply_again(host):
+    """The same changes in test mode and in earnest, none afterwards."""
+    announced = host.state("slmdb_instance.present", test=True)
+    assert announced.result is None and not Path(CONFIGURATION).exists()
+    made = host.state("slmdb_instance.present")
+    assert (made.result, made.changes) == (True, announced.changes)
+    assert host.state("slmdb_instance.present").changes == {}
+
+
+def test_pillar_chooses_locale_encoding_and_checksums(host, minions):
+    """What an operator asks for at the first apply is what the cluster is made with."""
+    minion = minions(
+        {"slm_database": {"locale": "C", "encoding": "LATIN1", "data_checksums": False}}
+    )
+    minion.call("slmdb_instance.apply")
+    start_server(minion)
+    rows = minion.call(
+        "slmdb_server.query",
+        "SELECT current_setting('data_checksums') AS checksums, datcollate AS locale, "
+        "pg_encoding_to_char(encoding) AS encoding FROM pg_database WHERE datname = 'template1'",
+    )
+    assert rows == [{"checksums": "off", "locale": "C", "encoding": "LATIN1"}]
+
+
+def test_an_instance_that_exists_is_used(host):
+    """apt's own cluster, on another port and without checksums, keeps its data."""
+    create("--port", "5433")
+    before = Path(DATA, "global/pg_control").read_bytes()
+    assert host.state("slmdb_instance.present").changes == {}
+    assert Path(DATA, "global/pg_control").read_bytes() == before
+    facts = host.call("slmdb_instance.facts")
+    assert (facts["exists"], facts["port"], facts["wanted_port"]) == (True, 5433, 5432)
+
+
+def test_data_without_configuration_is_not_touched(host):
+    """One line, and the data is where it was."""
+    create()
+    Path(CONFIGURATION).rename("/etc/postgresql-of-15")
+    result = host.state("slmdb_instance.present")
+    assert result.result is False
+    assert "holds data but /etc/postgresql/15/main is missing" in str(result.comment)
+    assert Path(DATA, "PG_VERSION").exists()
+
+
+def test_configuration_without_data_is_refused(host):
+    """A lost data directory is not answered with an empty new one."""
+    create()
+    Path(DATA).rename("/var/lib/postgresql/elsewhere")
+    result = host.state("slmdb_instance.present")
+    assert result.result is False and "holds no data" in str(result.comment)
+
+
+def test_a_locale_that_does_not_exist_leaves_nothing(host, minions):
+    """pg_createcluster's own words; the next run starts from nothing."""
+    minion = minions({"slm_database": {"locale": "xx_XX.UTF-8"}})
+    result = minion.state("slmdb_instance.present")
+    assert result.result is False
+    assert str(result.comment) == (
+        'pg_createcluster: initdb: error: invalid locale name "xx_XX.UTF-8"'
+    )
+    assert not Path(CONFIGURATION).exists() and not Path(DATA).exists()
+
+
+def test_another_major_than_the_one_that_exists_is_refused(host, minions):
+    """A state does not upgrade across majors."""
+    create()
+    result = minions({"slm_database": {"version": "17"}}).state("slmdb_instance.present")
+    assert result.result is False
+    assert "slm_database:version: 17 is asked for, but instance 15/main exists" in str(
+        result.comment
+    )
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1"])
+def test_a_port_held_by_another_program_is_named(host, address):
+    """Found in the kernel's tables, whatever address it is held on."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as holder:
+        holder.bind((address, 5432))
+        holder.listen()
+        result = host.state("slmdb_instance.port_available")
+    assert result.result is False
+    assert "slm_database:port: 5432 is held by another program" in str(result.comment)
+    assert host.state("slmdb_instance.port_available").result is True
+
+
+def test_our_own_server_does_not_hold_its_port_against_us(server):
+    """The instance's listener is not another program."""
+    assert server.state("slmdb_instance.port_available").result is True
+
+
+def test_a_stale_postmaster_pid_is_not_a_server(instance, minions):
+    """A pid file that names a process which is no PostgreSQL is not believed."""
+    Path(DATA, "postmaster.pid").write_text(f"1\n{DATA}\n1700000000\n5432\n/run/postgresql\n")
+    assert minions().call("slmdb_instance.facts")["running"] is False
