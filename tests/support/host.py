@@ -1,0 +1,249 @@
+"""A whole Debian host, booted with systemd: an overlay over a cached image, in a network of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+from tests.support import image
+from tests.support.network import DIES_WITH_US, Switch
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+FORMULA = "/srv/autobot-slm-database"
+NOT_PUSHED = [".git", "__pycache__", "*.pyc", ".hypothesis", ".venv", ".*_cache"]
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_START = 'mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root"'
+
+
+class Host:
+    """A host that is started from layers of root file systems, the topmost first."""
+
+    def __init__(self, layers, switch, neighbour=None):
+        self.layers = [str(layer) for layer in layers]
+        self.name = f"slm-{uuid.uuid4().hex[:8]}"
+        self.network = switch.plug()
+        self.directory, self.lock = _scratch(self.name)
+        self.nspawn = None
+        self.leader = None
+
+    # life
+
+    def start(self, patience=120):
+        """Boot, and wait until systemd says that the host runs."""
+        for name in ("upper", "work", "root"):
+            (self.directory / name).mkdir(exist_ok=True)
+        script = f'{_START} && shift 2 && exec "$@"'
+        with self.console.open("ab") as console:
+            self.nspawn = subprocess.Popen(
+                [*DIES_WITH_US, "unshare", "--mount", "sh", "-c", script, "sh"]
+                + [":".join(self.layers), str(self.directory), *self._nspawn()],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                preexec_fn=self._enter_cgroup,
+            )
+        deadline = time.monotonic() + patience
+        self.leader = None
+        while (state := self._state()) not in {"running", "degraded"}:
+            if self.nspawn.poll() is not None or time.monotonic() > deadline:
+                console = self.console.read_text(errors="replace")[-4000:]
+                self.kill()
+                raise RuntimeError(f"{self.name} did not boot ({state!r}):\n{console}")
+            time.sleep(0.2)
+        if state == "degraded":
+            raise RuntimeError(f"{self.name}: {self.run('systemctl --failed --no-legend').stdout}")
+        return self
+
+    def stop(self, patience=90):
+        """Shut down as an operator does."""
+        if self.ended:
+            return
+        self.run("systemctl poweroff", check=False)
+        try:
+            self.nspawn.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise RuntimeError(f"{self.name} did not shut down within {patience} s") from None
+
+    def kill(self):
+        """Pull the plug."""
+        if self.leader and not self.ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.leader, 9)
+        if self.nspawn and not self.ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.nspawn.wait(5)
+            self.nspawn.kill()
+            self.nspawn.wait()
+
+    def reboot(self):
+        """Shut down and boot again."""
+        self.stop()
+        self.start()
+
+    def close(self):
+        """Leave nothing behind."""
+        self.kill()
+        self.network.close()
+        for directory in _cgroups(self.name):
+            _remove_cgroup(directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.lock.close()
+
+    @property
+    def ended(self):
+        return self.nspawn is None or self.nspawn.poll() is not None
+
+    @property
+    def console(self):
+        return self.directory / "console.log"
+
+    # what a test does with it
+
+    def run(self, command, check=True, timeout=300, stdin="", env=None):
+        """Run a shell command line (or a list of words) as root in the host."""
+        line = command if isinstance(command, str) else shlex.join(command)
+        answer = subprocess.run(
+            [*self._enter(env), "timeout", "-k", "5", str(timeout), "bash", "-c", f"cd /; {line}"],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout + 30,
+            check=False,
+        )
+        if check and answer.returncode:
+            raise AssertionError(
+                f"`{line}` ended with {answer.returncode}\n{answer.stdout}\n{answer.stderr}"
+            )
+        return answer
+
+    def path(self, path):
+        """Return where the machine sees a file of the running host."""
+        return Path(f"/proc/{self.leader}/root/{str(path).lstrip('/')}")
+
+    def read(self, path):
+        """Return the text of a file of the host."""
+        return self.path(path).read_text()
+
+    def write(self, path, text):
+        """Write a text file in the host, with the directories it needs."""
+        self.run(f"mkdir -p {shlex.quote(str(Path(path).parent))}")
+        self.path(path).write_text(text)
+
+    def push_formula(self):
+        """Copy this checkout into the host, as a clone would; return where it is."""
+        pack = ["tar", "-C", str(CHECKOUT), *(f"--exclude={name}" for name in NOT_PUSHED)]
+        archive = subprocess.run([*pack, "-cf", "-", "."], check=True, capture_output=True).stdout
+        unpack = f"mkdir -p {FORMULA} && tar --no-same-owner -C {FORMULA} -xf -"
+        subprocess.run([*self._enter(), "bash", "-c", unpack], input=archive, check=True)
+        return FORMULA
+
+    # how it works
+
+    def _nspawn(self):
+        binds = [f"--bind-ro={directory}" for directory in image.pip_directories()]
+        return [
+            *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit"),
+            *("--console=read-only", "--link-journal=no", "--resolv-conf=off", "--timezone=off"),
+            *(f"--machine={self.name}", f"--directory={self.directory}/root"),
+            *(f"--network-namespace-path={self.network.path}", *binds),
+        ]
+
+    def _state(self):
+        if not self.leader:
+            self.leader = _leader(self.nspawn.pid)
+        if not self.leader:
+            return ""
+        return self.run("systemctl is-system-running", check=False, timeout=20).stdout.strip()
+
+    def _enter(self, env=None):
+        words = ["nsenter", "-t", str(self.leader), *("-m", "-u", "-i", "-p", "-C", "-n", "-r", "-w")]
+        variables = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"} | (env or {})
+        return [*words, "env", "-i", *(f"{key}={value}" for key, value in variables.items())]
+
+    def _enter_cgroup(self):
+        """Keep two hosts that boot side by side out of each other's units."""
+        for directory in _cgroups(self.name):
+            directory.mkdir(exist_ok=True)
+            (directory / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def prepared(release):
+    """Return the layers of a host that has Salt and PostgreSQL's packages at hand, but no database."""
+    base = image.bare(release)
+    recipe = [CHECKOUT / "bin/_salt.sh", CHECKOUT / "bin/salt-call", Path(__file__)]
+    recipe += sorted((CHECKOUT / "requirements").glob("host-*.txt"))
+    inputs = [base.name, *(file.read_text() for file in recipe)]
+    return [image.cached(f"{release}-prepared", inputs, lambda to: _prepare(base, to)), base]
+
+
+def _prepare(base, wanted):
+    switch = Switch()
+    host = Host([base], switch)
+    try:
+        host.start()
+        host.run(f"{host.push_formula()}/bin/salt-call --version", timeout=900)
+        host.run("apt-get -q update && apt-get -qy --download-only install postgresql", timeout=600)
+        host.run(f"rm -rf {FORMULA} /var/log/journal /etc/machine-id; touch /etc/machine-id")
+        host.stop()
+        (host.directory / "upper").rename(wanted)
+    finally:
+        host.close()
+        switch.close()
+
+
+def sweep():
+    """Remove what killed runs left: a directory whose lock nobody holds."""
+    for lock in sorted((image.CACHE / "hosts").glob("*.lock")):
+        with lock.open() as handle, contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            for directory in _cgroups(lock.stem):
+                _remove_cgroup(directory)
+            lock.unlink(missing_ok=True)
+
+
+def _scratch(name):
+    """Make the directory of a host, and hold its lock."""
+    directory = image.CACHE / "hosts" / name
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = directory.with_suffix(".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    directory.mkdir()
+    return directory, lock
+
+
+def _leader(nspawn):
+    """Return nspawn's child that is process 1 of the host, once it is there."""
+    for child in Path(f"/proc/{nspawn}/task/{nspawn}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{child}/status").read_text()
+            command = Path(f"/proc/{child}/comm").read_text().strip()
+            if "\nNSpid:" in status and status.split("\nNSpid:")[1].split("\n")[0].split()[-1] == "1":
+                return int(child) if command == "systemd" else None
+    return None
+
+
+def _cgroups(name):
+    """Return this name's directory in each control group hierarchy of the machine."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, place, kind, options = line.split()[:4]
+        if kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options.split(",")):
+            own = "0:" if kind == "cgroup2" else ":name=systemd:"
+            for membership in Path("/proc/self/cgroup").read_text().splitlines():
+                if membership.startswith(own) or own in membership:
+                    yield Path(place + membership.split(":", 2)[2]) / name
+
+
+def _remove_cgroup(directory):
+    for path, _, _ in os.walk(directory, topdown=False):
+        with contextlib.suppress(OSError):
+            Path(path).rmdir()
