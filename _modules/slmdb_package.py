@@ -13,6 +13,9 @@ from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_package"
 
+# dpkg's journal; not empty after a dpkg that was killed.
+UPDATES = "/var/lib/dpkg/updates"
+
 
 def __virtual__() -> str:
     return __virtualname__
@@ -76,21 +79,16 @@ def differences() -> dict:
     return changes
 
 
-def _offered(package: str) -> bool:
-    return bool(__salt__["pkg.latest_version"](package, refresh=False))
-
-
 def _unavailable(missing: list[str]) -> list[str]:
-    """The packages that the host's sources do not have, after a refresh if it takes one."""
-    absent = [name for name in missing if not _offered(name)]
-    if absent:
+    """The packages that the host's sources lack; old lists would name files that are gone."""
+    if missing:
         __salt__["pkg.refresh_db"]()
-        absent = [name for name in absent if not _offered(name)]
-    return absent
+    return [name for name in missing if not __salt__["slmdb_repository.offers"](name)]
 
 
 def _last_word(text: object) -> str:
-    lines = [line for line in str(text).splitlines() if line.startswith(("E:", "dpkg:"))]
+    lines = [line.strip(" -") for line in str(text).splitlines()]
+    lines = [line for line in lines if line.startswith(("E:", "dpkg:"))]
     return (lines or str(text).strip().splitlines() or ["no output"])[-1]
 
 
@@ -108,7 +106,7 @@ def apply() -> None:
     one of them (nothing was touched then), or apt or pip fails.
     """
     missing = _missing()
-    absent = _unavailable(missing) if missing else []
+    absent = _unavailable(missing)
     if absent:
         major = __salt__["slmdb_instance.version"]()
         raise CommandExecutionError(
@@ -119,12 +117,28 @@ def apply() -> None:
         if not __salt__["slmdb_instance.facts"]()["exists"]:
             path, text = __salt__["slmdb_package.no_cluster"]()
             __salt__["slmdb_file.write"](path, text)
-        try:
-            __salt__["pkg.install"](pkgs=missing, refresh=False)
-        except CommandExecutionError as err:
-            raise CommandExecutionError(f"apt: {_last_word(err)}") from None
+        _install(missing)
     if _driver_missing():
         _install_driver()
+
+
+def _install(missing: list[str]) -> None:
+    """Install by apt, after an earlier run that was killed in the middle of dpkg as well."""
+    if os.listdir(UPDATES) or _half_done():
+        __salt__["cmd.run_all"](
+            ["dpkg", "--configure", "-a", "--force-confold"],
+            python_shell=False,
+            env={"DEBIAN_FRONTEND": "noninteractive"},
+        )
+    try:
+        __salt__["pkg.install"](pkgs=missing, refresh=False)
+    except CommandExecutionError as err:
+        raise CommandExecutionError(f"apt: {_last_word(err)}") from None
+
+
+def _half_done() -> bool:
+    answer = __salt__["cmd.run_all"](["dpkg", "--audit"], python_shell=False)
+    return bool(answer["stdout"].strip())
 
 
 def no_cluster() -> tuple[str, bytes]:
