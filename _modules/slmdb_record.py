@@ -4,6 +4,7 @@ What the last apply was told, kept on the host for reports that come without a p
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -19,7 +20,9 @@ def __virtual__() -> str:
 
 
 def _text() -> bytes:
-    settings = __salt__["slmdb_pillar.settings"]()
+    settings = copy.deepcopy(__salt__["slmdb_pillar.settings"]())
+    # An approval is for one run; a report that reads the record must not find it again.
+    settings["maintenance"]["approve"] = False
     return (json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n").encode()
 
 
