@@ -53,7 +53,8 @@ class Minion:
         self.modules["slmdb_server.forget"]()
         self.loaders.context.clear()
         for told in (self.loaders.opts["pillar"], self.modules.pack["__pillar__"]):
-            told.clear()
+            for key in list(told):  # Salt's proxy of a dictionary does not clear()
+                del told[key]
             told.update(copy.deepcopy(pillar or {}))
         return self
 
