@@ -27,8 +27,7 @@ LARGE_CATALOGUE = 8 * 1024 * 1024
 LATE = "the server did not answer in time"
 
 SERVER = """
-SELECT set_config('statement_timeout', %(patience)s, false) AS patience,
-       current_setting('server_version') AS version,
+SELECT current_setting('server_version') AS version,
        to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC',
                'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS started,
        pg_is_in_recovery() AS in_recovery,
@@ -49,8 +48,7 @@ SELECT set_config('statement_timeout', %(patience)s, false) AS patience,
        (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(database)s) AS owner
 """
 DATABASE = """
-SELECT set_config('statement_timeout', %(patience)s, false) AS patience,
-       CASE WHEN pg_relation_size('pg_catalog.pg_class') < %(large)s
+SELECT CASE WHEN pg_relation_size('pg_catalog.pg_class') < %(large)s
             THEN pg_database_size(current_database()) END AS bytes,
        ARRAY(SELECT t FROM unnest(%(tables)s::text[]) AS t WHERE NOT EXISTS (
              SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -187,18 +185,22 @@ def _disk(path: str) -> dict[str, Any] | None:
     return {"path": there, "free_bytes": free, "free_percent": round(100 * free / (size or 1), 1)}
 
 
-def _about_server(patience: str, settings: dict[str, Any]) -> dict[str, Any]:
-    values = {"patience": patience, "role": settings["role"], "database": settings["database"]}
-    return __salt__["slmdb_server.query"](SERVER, values)[0]
+def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str, Any]:
+    """One row. A statement may take half of what is left, so that one cannot cost the rest."""
+    query = __salt__["slmdb_server.query"]
+    patience = f"{max(int((moment - time.monotonic()) * 500), 50)}ms"
+    query("SET statement_timeout TO %s", [patience], database=database)  # needs no catalogue
+    return query(statement, values, database=database)[0]
 
 
-def _about_database(patience: str, settings: dict[str, Any]) -> dict[str, Any]:
-    values = {
-        "patience": patience,
-        "tables": list(settings["health"]["tables"]),
-        "large": LARGE_CATALOGUE,
-    }
-    return __salt__["slmdb_server.query"](DATABASE, values, database=settings["database"])[0]
+def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
+    values = {"role": settings["role"], "database": settings["database"]}
+    return _ask(SERVER, values, "postgres", moment)
+
+
+def _about_database(settings: dict[str, Any], moment: float) -> dict[str, Any]:
+    values = {"tables": list(settings["health"]["tables"]), "large": LARGE_CATALOGUE}
+    return _ask(DATABASE, values, settings["database"], moment)
 
 
 def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, Any]) -> dict:
@@ -259,6 +261,12 @@ def empty() -> dict[str, Any]:
     }
 
 
+def _seconds(timeout: float | None, settings: dict[str, Any]) -> float:
+    """What the questions may take: Salt needs the rest to end the children and print."""
+    given = settings["health"]["timeout"] if timeout is None else timeout
+    return (float(given) if isinstance(given, (int, float)) else 2.0) - 0.3
+
+
 def report(timeout: float | None = None) -> dict[str, Any]:
     """
     Ask the host and the server everything a health report says.
@@ -278,12 +286,12 @@ def report(timeout: float | None = None) -> dict[str, Any]:
     """
     begun = time.monotonic()
     answer, parts = empty(), _Parts()
+    answer["problems"] += parts.get("pillar", __salt__["slmdb_pillar.problems"], default=[])
     settings = parts.get("settings", __salt__["slmdb_pillar.settings"])
     found = parts.get("instance", __salt__["slmdb_instance.facts"]) if settings else None
     if settings and found:
-        # What is left over is for Salt: to print the report, to end the children.
-        moment = begun + (timeout or settings["health"]["timeout"]) - 0.3
-        _fill(answer, parts, settings, found, moment)
+        moment = begun + _seconds(timeout, settings)
+        parts.get("report", _fill, answer, parts, settings, found, moment)
         verdict = parts.get(
             "verdict", __salt__["slmdb_health_verdict.judge"], answer, settings, default={}
         )
@@ -304,11 +312,12 @@ def _fill(
     inside: dict[str, Any] = {}
     answer["tables"]["expected"] = list(settings["health"]["tables"])
     answer["access"]["addresses"] = parts.get("access", __salt__["slmdb_instance.listens"])
-    with _deadline(moment):
-        if isready["retcode"] == 0:
-            row = parts.get("server", _about_server, _patience(moment), settings, default={})
+    answers = isready["retcode"] == 0
+    with _deadline(moment if answers else time.monotonic()):
+        if answers:
+            row = parts.get("server", _about_server, settings, moment, default={})
         if row.get("owner"):
-            inside = parts.get("database", _about_database, _patience(moment), settings, default={})
+            inside = parts.get("database", _about_database, settings, moment, default={})
             answer["tables"]["missing"] = inside.get("missing")
         if row:
             _fill_from_server(answer, parts)
@@ -328,8 +337,3 @@ def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:
     answer["pending"] = parts.get("pending", __salt__["slmdb_config.pending"], default=[])
     answer["foreign"] = parts.get("foreign", __salt__["slmdb_config.foreign"], default=[])
     answer["fixed"] = parts.get("instance", __salt__["slmdb_instance.report"], default=[])
-
-
-def _patience(moment: float) -> str:
-    """What a single statement may take: half of what is left, so that one cannot cost the rest."""
-    return f"{max(int((moment - time.monotonic()) * 500), 50)}ms"

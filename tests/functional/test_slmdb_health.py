@@ -1,0 +1,344 @@
+"""slmdb.health says how the database is, whatever state the server is in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+SECRET = Path("/etc/autobot/slm-secrets.env")
+KEYS = {
+    "healthy",
+    "problems",
+    "warnings",
+    "server",
+    "access",
+    "migration",
+    "tables",
+    "capacity",
+    "secret",
+    "pending",
+}
+# Far above the deadline of 2 s and far below what an unguarded wait takes: for ever.
+PATIENCE = 15
+
+
+@pytest.fixture(scope="module")
+def applied(shared_server):
+    """A running server with the role, database, secret and rules of an empty pillar."""
+    for noun in ("slmdb_role", "slmdb_database", "slmdb_secret", "slmdb_config", "slmdb_access"):
+        shared_server.call(f"{noun}.apply")
+    shared_server.call("slmdb_service.restart")
+    return shared_server
+
+
+@pytest.fixture
+def minion(applied):
+    """That server, asked without what was remembered, and left as it was found."""
+    applied.tell(None)
+    yield applied
+    applied.tell(None)
+
+
+def ask(minion, *arguments):
+    """The report, its return code, and the proof that it came."""
+    minion.loaders.context.pop("retcode", None)
+    begun = time.monotonic()
+    answer = minion.call("slmdb.health", *arguments)
+    assert time.monotonic() - begun < PATIENCE
+    assert set(answer) >= KEYS
+    assert answer["healthy"] is not bool(answer["problems"])
+    assert minion.loaders.context.get("retcode", 0) == (0 if answer["healthy"] else 1)
+    for line in answer["problems"] + answer["warnings"]:
+        assert isinstance(line, str)
+        assert "\n" not in line
+    json.dumps(answer)
+    return answer
+
+
+def execute(minion, statement, database="postgres"):
+    minion.call("slmdb_server.execute", statement, database=database)
+
+
+def problems(minion):
+    return " | ".join(ask(minion)["problems"])
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def locked(minion, table, database="postgres"):
+    """Somebody holds a catalogue, so that whatever reads it waits."""
+    holder = minion.call("slmdb_server.connect", database)
+    try:
+        with holder.cursor() as cursor:
+            cursor.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        yield
+    finally:
+        holder.rollback()
+        holder.close()
+
+
+def test_an_applied_host_is_healthy(minion):
+    answer = ask(minion)
+    assert answer["problems"] == []
+    assert answer["server"]["pg_isready"] == {
+        "retcode": 0,
+        "line": "/var/run/postgresql:5432 - accepting connections",
+    }
+    assert answer["server"]["version"].startswith("15.")
+    assert answer["server"]["unit"]["state"] == "skipped: no systemd"
+    assert answer["access"]["addresses"][0] == "127.0.0.1"
+    assert answer["access"]["rule_errors"] == []
+    assert answer["access"]["matrix"]
+    assert answer["secret"]["in_step"] is True
+    assert answer["pending"] == []
+    assert answer["capacity"]["connections"]["allowed"] == 100
+    assert answer["capacity"]["database_bytes"] > 1_000_000
+    assert answer["capacity"]["disk"]["data"]["free_bytes"] > 0
+    assert answer["capacity"]["transaction_id_age"] > 0
+
+
+def test_a_backend_that_is_not_deployed_is_no_problem(minion):
+    answer = ask(minion)
+    assert answer["migration"]["state"] == "not deployed"
+    assert not any("migration" in line for line in answer["warnings"])
+
+
+def test_the_report_shows_no_password(minion):
+    line = next(one for one in SECRET.read_text().splitlines() if one.startswith("SLM_DB_PASS"))
+    password = line.partition("=")[2].strip("\"'")
+    assert len(password) >= 32
+    assert password not in json.dumps(ask(minion))
+
+
+def test_missing_tables_are_a_warning(minion):
+    answer = ask(minion)
+    assert answer["tables"]["missing"] == answer["tables"]["expected"]
+    assert any(line.startswith("tables are missing: nodes, ") for line in answer["warnings"])
+    minion.tell({"slm_database": {"health": {"tables": ["pages", "audit.events", "gone"]}}})
+    execute(minion, "CREATE TABLE pages (id int)", "autobot_slm")
+    execute(minion, "CREATE SCHEMA audit CREATE TABLE events (id int)", "autobot_slm")
+    try:
+        assert ask(minion)["tables"] == {
+            "expected": ["pages", "audit.events", "gone"],
+            "missing": ["gone"],
+        }
+    finally:
+        execute(minion, "DROP SCHEMA audit CASCADE; DROP TABLE pages", "autobot_slm")
+
+
+def test_a_stopped_postmaster_is_reported_in_time(minion):
+    with stopped(minion.call("slmdb_instance.facts")["pid"]):
+        answer = ask(minion)
+    assert answer["server"]["pg_isready"]["retcode"] == 2
+    assert "no response" in " ".join(answer["problems"])
+
+
+@pytest.mark.parametrize(
+    "catalogue", ["pg_authid", "pg_class", "pg_database", "pg_db_role_setting"]
+)
+def test_a_server_that_hangs_in_a_query_is_reported_in_time(minion, catalogue):
+    with locked(minion, catalogue):
+        answer = ask(minion)
+    assert not answer["healthy"]
+    assert ask(minion)["healthy"]
+
+
+def ended_soon(minion):
+    """The server has nothing left to do for a report that is over."""
+    for _ in range(100):
+        rows = minion.call(
+            "slmdb_server.query",
+            "SELECT query FROM pg_stat_activity WHERE application_name = 'slmdb' "
+            "AND state = 'active' AND pid <> pg_backend_pid()",
+        )
+        if not rows:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_statement_that_hangs_costs_its_part_of_the_report_only(minion):
+    with locked(minion, "pg_namespace", "autobot_slm"):
+        answer = ask(minion)
+        assert ended_soon(minion)
+    assert "database: canceling statement due to statement timeout" in answer["problems"]
+    assert answer["access"]["matrix"]
+    assert answer["secret"]["in_step"] is True
+
+
+def test_the_report_leaves_no_deadline_behind(minion):
+    ask(minion)
+    rows = minion.call("slmdb_server.query", "SHOW statement_timeout")
+    assert rows == [{"statement_timeout": "0"}]
+    assert psycopg2.extensions.get_wait_callback() is None
+
+
+def test_a_role_that_is_changed_behind_our_back(minion):
+    execute(minion, "ALTER ROLE autobot_slm NOLOGIN")
+    try:
+        assert "role autobot_slm may not log in" in problems(minion)
+    finally:
+        execute(minion, "ALTER ROLE autobot_slm LOGIN")
+
+
+def test_a_password_that_is_changed_behind_our_back(minion):
+    execute(minion, "ALTER ROLE autobot_slm PASSWORD 'another one, set by hand'")
+    try:
+        answer = ask(minion)
+        assert answer["secret"]["in_step"] is False
+        assert "the password is not the server's" in " ".join(answer["problems"])
+    finally:
+        minion.call("slmdb_secret.apply")
+
+
+def test_a_database_and_a_role_that_do_not_exist(minion):
+    minion.tell({"slm_database": {"database": "nowhere", "role": "nobody_of_ours"}})
+    said = problems(minion)
+    assert "database nowhere does not exist" in said
+    assert "role nobody_of_ours does not exist" in said
+
+
+@pytest.mark.parametrize(("mode", "grave"), [(0o644, True), (0o600, False)])
+def test_the_mode_of_the_secret_file(minion, mode, grave):
+    before = stat.S_IMODE(SECRET.stat().st_mode)
+    SECRET.chmod(mode)
+    try:
+        answer = ask(minion)
+        lines = answer["problems"] if grave else answer["warnings"]
+        assert f"{SECRET}: mode is {mode:04o}, not 0640" in lines
+        assert answer["healthy"] is not grave, answer["problems"]
+    finally:
+        SECRET.chmod(before)
+
+
+def test_no_secret_file(minion):
+    aside = SECRET.with_suffix(".aside")
+    SECRET.rename(aside)
+    try:
+        assert f"there is no {SECRET}" in problems(minion)
+    finally:
+        aside.rename(SECRET)
+
+
+def test_an_access_rule_that_the_server_would_refuse(minion):
+    path = Path(minion.call("slmdb_instance.facts")["hba_file"])
+    before = path.read_bytes()
+    path.write_bytes(before + b"host everything everyone nowhere guess\n")
+    try:
+        answer = ask(minion)
+        assert len(answer["access"]["rule_errors"]) == 1
+        assert any(line.startswith("access rule: ") for line in answer["problems"])
+    finally:
+        path.write_bytes(before)
+
+
+def test_an_access_rule_that_lets_anybody_in(minion):
+    path = Path(minion.call("slmdb_instance.facts")["hba_file"])
+    before = path.read_bytes()
+    path.write_bytes(b"host all all 127.0.0.1/32 trust\n" + before)
+    try:
+        assert "login matrix: postgres over 127.0.0.1 would be admitted" in problems(minion)
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
+    minion.tell({"slm_database": {"settings": {"max_connections": 120}}})
+    minion.call("slmdb_config.apply")
+    try:
+        answer = ask(minion)
+        assert answer["healthy"]
+        assert [row["name"] for row in answer["pending"]] == ["max_connections"]
+        assert minion.call("slmdb.pending")["restart"] == answer["pending"]
+        assert any("max_connections 100 → 120 waits" in line for line in answer["warnings"])
+    finally:
+        minion.tell(None)
+        minion.call("slmdb_config.apply")
+
+
+def test_a_stopped_server(minion):
+    minion.call("slmdb_service.stop")
+    try:
+        answer = ask(minion)
+        assert answer["server"]["running"] is False
+        assert answer["secret"]["in_step"] is None
+        assert answer["tables"]["missing"] is None
+        assert problems(minion).startswith("the server does not accept connections: ")
+        assert minion.call("slmdb.pg_isready") == {
+            "retcode": 2,
+            "line": "/var/run/postgresql:5432 - no response",
+        }
+        assert minion.loaders.context["retcode"] == 2
+        assert "The database cannot be asked" in minion.call("slmdb.revision")["comment"]
+    finally:
+        minion.call("slmdb_service.start")
+
+
+def test_a_pillar_with_mistakes_is_named_and_does_not_stop_the_report(minion):
+    minion.tell({"slm_database": {"health": {"timeout": "long", "tables": 5}, "prot": 1}})
+    said = problems(minion)
+    assert "slm_database:health:timeout" in said
+    assert "slm_database:prot" in said
+
+
+def test_the_return_code_reaches_the_shell(minion):
+    command = [str(Path(sys.executable).with_name("salt-call")), "-c", str(minion.directory)]
+    command += ["--local", "--log-level=quiet", "--retcode-passthrough", "--out=json"]
+    healthy = subprocess.run([*command, "slmdb.health"], capture_output=True, check=False)
+    assert json.loads(healthy.stdout)["local"]["healthy"] is True
+    assert healthy.returncode == 0
+    with stopped(minion.call("slmdb_instance.facts")["pid"]):
+        ill = subprocess.run([*command, "slmdb.health"], capture_output=True, check=False)
+    assert json.loads(ill.stdout)["local"]["healthy"] is False
+    assert ill.returncode == 1
+
+
+def test_schema_lists_the_tables(minion):
+    execute(minion, "CREATE TABLE nodes (id int PRIMARY KEY)", "autobot_slm")
+    try:
+        answer = minion.call("slmdb.schema")
+        assert answer["database"] == "autobot_slm"
+        assert answer["tables"]["public.nodes"]["owner"] == "postgres"
+        assert answer["tables"]["public.nodes"]["bytes"] == 8192
+        assert "nodes" not in answer["missing"]
+        assert "alert_rules" in answer["missing"]
+    finally:
+        execute(minion, "DROP TABLE nodes", "autobot_slm")
+
+
+def test_settings_are_what_the_formula_uses_without_secrets(minion):
+    given = {"primary_conninfo": "host=a password=canary", "work_mem": "8MB"}
+    minion.tell({"slm_database": {"port": 5999, "settings": given}})
+    shown = minion.call("slmdb.settings")
+    assert shown["port"] == 5999
+    assert shown["database"] == "autobot_slm"
+    assert shown["settings"]["work_mem"] == "8MB"
+    assert "canary" not in json.dumps(shown)
+
+
+def test_a_host_without_an_instance(bare, minions):
+    minion = minions()
+    answer = ask(minion)
+    assert (
+        "instance 15/main does not exist; state.apply slm_database makes it" in answer["problems"]
+    )
+    assert minion.call("slmdb.pg_isready")["retcode"] == 2
+    assert minion.call("slmdb.pending") == {"restart": [], "migrations": []}
