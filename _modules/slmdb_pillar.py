@@ -101,11 +101,13 @@ def settings() -> dict:
             return _merge(_defaults(), recorded)
     key, merged = __context__.get("slmdb_settings", (None, None))
     if merged is None or key != repr(given):
-        if not _defaults():
+        # salt-ssh has the files of the formula in a state run only; the record holds every setting.
+        below = _defaults() or ("slmdb_run" not in __context__ and _recorded())
+        if not below:
             raise CommandExecutionError(
                 f"slm_database: {FILES[0]} cannot be read; is the formula in file_roots?"
             )
-        merged = _merge(_defaults(), given if isinstance(given, dict) else {})
+        merged = _merge(below, given if isinstance(given, dict) else {})
         __context__["slmdb_settings"] = (repr(given), merged)
     return merged
 

@@ -13,10 +13,11 @@
 
 The formula is loaded:
   test.nop:
-    - order: 1
-{%- if new %}
-    - force_reload_modules: true
-{%- endif %}
+    - force_reload_modules: {{ (new | length > 0) | json }}
+    # What the modules read; salt-ssh ships the files that a state names.
+    - files:
+      - salt://slm_database/defaults.yaml
+      - salt://slm_database/osfingermap.yaml
 
 The pillar is valid:
   slmdb_pillar.valid:
