@@ -1,0 +1,86 @@
+"""Holds: every package of the server's major, no automatic updates, and the way back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+OURS = {"postgresql-15", "postgresql-client-15"}
+FILES = (
+    Path("/etc/apt/apt.conf.d/52autobot-slm-database"),
+    Path("/etc/needrestart/conf.d/autobot-slm-database.conf"),
+    Path("/var/lib/autobot-slm-database/packages.json"),
+)
+
+
+def output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def held():
+    return set(output("apt-mark", "showhold").split())
+
+
+@pytest.fixture
+def host(bare, minions):
+    return minions()
+
+
+def test_all_packages_of_the_major_are_held(host):
+    """apt is asked, not the module; what was announced is what changed."""
+    announced = host.state("slmdb_hold.present", test=True)
+    assert held() == set() and not any(path.exists() for path in FILES)
+    made = host.state("slmdb_hold.present")
+    assert (announced.result, made.result) == (None, True)
+    assert made.changes == announced.changes
+    assert held() >= OURS
+    again = host.state("slmdb_hold.present")
+    assert (again.result, again.changes) == (True, {})
+
+
+def test_apt_keeps_a_held_package(host):
+    """An upgrade of everything leaves it alone, and so does an unattended apt install."""
+    host.call("slmdb_hold.apply")
+    simulated = output("apt-get", "-s", "-y", "upgrade")
+    assert "Inst postgresql-15 " not in simulated
+
+
+def test_unattended_upgrades_reads_its_list_as_meant(host):
+    """apt's own parser and Python's matching decide."""
+    import re
+
+    host.call("slmdb_hold.apply")
+    dumped = output("apt-config", "dump", "Unattended-Upgrade::Package-Blacklist")
+    patterns = [line.split('"')[1] for line in dumped.splitlines() if ":: " in line]
+    for name in (*OURS, "postgresql", "postgresql-15-pgvector", "postgresql-plpython3-15"):
+        assert any(re.match(pattern, name) for pattern in patterns), name
+    for name in ("postgresql-common", "postgresql-16", "postgresql-client-16", "libpq5", "openssl"):
+        assert not any(re.match(pattern, name) for pattern in patterns), name
+
+
+def test_an_update_by_hand_is_noticed_once(host):
+    """Another version than the last run saw is a change of the next run, and of that one only."""
+    host.call("slmdb_hold.apply")
+    versions = json.loads(FILES[2].read_text())
+    FILES[2].write_text(json.dumps({**versions, "postgresql-15": "15.1-1"}))
+    output("apt-mark", "unhold", "postgresql-15")
+    seen = host.state("slmdb_hold.present")
+    assert seen.result is True
+    assert seen.changes["postgresql-15"]["old"] == "15.1-1"
+    assert seen.changes["postgresql-15: hold"] == {"old": None, "new": "held"}
+    assert host.state("slmdb_hold.present").changes == {}
+
+
+def test_clean_gives_back_what_was_held_by_us(host):
+    """What an operator held by himself stays held."""
+    output("apt-mark", "hold", "tzdata")
+    host.call("slmdb_hold.apply")
+    announced = host.state("slmdb_hold.absent", test=True)
+    gone = host.state("slmdb_hold.absent")
+    assert (announced.result, gone.result) == (None, True)
+    assert gone.changes == announced.changes
+    assert held() == {"tzdata"} and not any(path.exists() for path in FILES)
+    assert host.state("slmdb_hold.absent").changes == {}
