@@ -113,13 +113,12 @@ def apply(**wanted: Any) -> None:
 
 def _apply(want: dict[str, Any]) -> None:
     store = __salt__["slmdb_secret_file.store"](want["file"])
-    __salt__["slmdb_secret_plan.plan"](want, store)
+    if __salt__["slmdb_secret_plan.plan"](want, store).kind == "no role":
+        raise CommandExecutionError(
+            f"role {want['role']} does not exist: create it, then its password is made"
+        )
     with store.locked():
         plan = __salt__["slmdb_secret_plan.plan"](want, store)
-        if plan.changes and plan.kind == "no role":
-            raise CommandExecutionError(
-                f"role {want['role']} does not exist: create it, then its password is made"
-            )
         _make_group(want["group"])
         for _ in range(2):  # what was interrupted, then what is supplied
             if plan.rotation:

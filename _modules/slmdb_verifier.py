@@ -71,7 +71,8 @@ def _prepared(password: str) -> str:
         if not stringprep.in_table_b1(character)
     )
     text = unicodedata.normalize("NFKC", mapped)
-    if not text or _prohibited(text) or _breaks_bidi(text):
+    # libpq looks at what goes into the normalization, where the RFC means what comes out of it
+    if not mapped or _prohibited(mapped) or _breaks_bidi(mapped):
         return password
     return text
 
