@@ -132,14 +132,10 @@ def _is_listen_address(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    if not isinstance(value, str) or not value.startswith("/") or not value.isprintable():
+    # It ends up in units, in apt's sources and in URLs: nothing that means something there.
+    if not isinstance(value, str) or not re.fullmatch(r"/[^\s'\"\\%$*?\[\]`;#]+(?<!/)", value):
         return False
-    return (
-        value.strip() == value
-        and ".." not in value.split("/")
-        and value.strip("/") != ""
-        and value[-1] != "/"
-    )
+    return value.isprintable() and ".." not in value.split("/")
 
 
 def _is_relative_path(value: Any) -> bool:
@@ -228,7 +224,11 @@ _KINDS: dict[str, _Kind] = {
         lambda value: _is_text(value) and '"' not in value,
     ),
     "package": _Kind("a package name", "as Debian writes it", _matches(r"[a-z0-9][a-z0-9+.-]+")),
-    "path": _Kind("an absolute path", "a path that begins with / and has no .. in it", _is_path),
+    "path": _Kind(
+        "an absolute path",
+        "a path that begins with /, without .., spaces, quotes and wildcards",
+        _is_path,
+    ),
     "pillar_key": _Kind(
         "the name of a pillar key",
         "the name of a key, levels joined by colons, such as vault:slm:password; "

@@ -142,6 +142,7 @@ SCHEMA: dict[str, Any] = {
         "version_table": "identifier",
         "version_schema": "identifier",
         "target": "revision",
+        "user": ("null", "user"),
         "timeout": ("integer", 1, 86400),
         "lock_timeout": ("integer", 1, 3600),
         "initialize": ("null", "text"),
@@ -315,11 +316,18 @@ def _check_owners(pillar: dict) -> Iterator[str]:
 
 
 def _check_passwords(pillar: dict) -> Iterator[str]:
-    """A role has one source for its password."""
+    """A role has one source for its password, and its place in a file is its own."""
+    places = {(_text(pillar, "secret", "file"), _text(pillar, "secret", "key")): f"{TOP}:secret"}
     for name, role in _part(pillar, "roles", of=dict).items():
+        path = _join(f"{TOP}:roles", name)
         if isinstance(role, dict) and "secret" in role and "password_pillar" in role:
-            path = _join(f"{TOP}:roles", name)
             yield f"{path}: has both secret and password_pillar; allowed: one of them"
+        secret = _part(pillar, "roles", name, "secret", of=dict)
+        place = (str(secret.get("file")), str(secret.get("key")))
+        if place in places:
+            yield f"{path}:secret: has the same file and key as {places[place]}; choose another key"
+        elif secret:
+            places[place] = f"{path}:secret"
 
 
 def _check_keys(pillar: dict) -> Iterator[str]:
@@ -357,6 +365,13 @@ def _check_rules(pillar: dict) -> Iterator[str]:
                 yield from _check_rule(rule, f"{TOP}:hba:{place}:{position}")
 
 
+def _check_windows(pillar: dict) -> Iterator[str]:
+    """A window's rule and zone exist; asked only of windows that look right."""
+    windows = _part(pillar, "maintenance", "windows", of=list)
+    if windows and not list(_walk(("list", _WINDOW), windows, "")):
+        yield from __salt__["slmdb_window.problems"](windows)
+
+
 CHECKS = (
     _check_network,
     _check_settings,
@@ -364,6 +379,7 @@ CHECKS = (
     _check_passwords,
     _check_keys,
     _check_rules,
+    _check_windows,
 )
 
 
