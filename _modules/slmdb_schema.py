@@ -146,6 +146,7 @@ SCHEMA: dict[str, Any] = {
         "timeout": ("integer", 1, 86400),
         "lock_timeout": ("integer", 1, 3600),
         "initialize": ("null", "text"),
+        "alembic": ("null", "text"),
     },
     "maintenance": {
         "policy": ("choice", "manual", "window", "auto"),

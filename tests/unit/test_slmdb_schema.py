@@ -390,3 +390,13 @@ def test_a_role_name_that_is_accepted_is_one_postgresql_can_have(name):
     if problems({"role": name}) == []:
         assert len(name.encode()) <= 63 and name.isprintable()
         assert not set(name) & set("\"'\\`\n\x00") and not name.startswith("pg_")
+
+
+DOCUMENT = (sls.CHECKOUT / "docs" / "configuration.md").read_text()
+FENCED = re.compile(r"```yaml\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+
+
+@pytest.mark.parametrize(("pillar", "said"), FENCED.findall(DOCUMENT))
+def test_the_manual_is_right(pillar, said):
+    """Each pillar in it is valid, or gives exactly the mistakes that are shown below it."""
+    assert problems(yaml.safe_load(pillar)[TOP]) == said.splitlines()
