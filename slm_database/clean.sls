@@ -2,7 +2,6 @@
 # slm_database:clean says so; what was kept is named at the end.
 include:
   - slm_database.check
-  - slm_database.record.clean
   - slm_database.backend.clean
   - slm_database.database.clean
   - slm_database.role.clean
@@ -11,5 +10,7 @@ include:
   - slm_database.config.clean
   - slm_database.instance.clean
   - slm_database.service.clean
+  - slm_database.policy.clean
   - slm_database.package.clean
+  - slm_database.record.clean
   - slm_database.kept

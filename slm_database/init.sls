@@ -4,6 +4,7 @@ include:
   - slm_database.check
   - slm_database.secret.check
   - slm_database.package
+  - slm_database.policy
   - slm_database.instance
   - slm_database.config
   - slm_database.access
