@@ -9,6 +9,7 @@ CACHE=/var/cache/autobot-slm-database/salt
 LOGS=/var/log/autobot-slm-database
 
 export HOME="${HOME:-/root}"
+export PATH="${PATH:+$PATH:}/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Salt reads and writes UTF-8 whatever the host's locale is; apt must not ask.
 [ -n "${LC_ALL:-}${LANG:-}" ] || export LANG=C.UTF-8
 export DEBIAN_FRONTEND=noninteractive

@@ -112,13 +112,13 @@ class Master(Daemon):
 
     def salt(self, *words: object, output: str = "json") -> Answer:
         """Run `salt` on the master."""
-        return Answer(
-            run(BIN / "salt", "-c", self.directory / "etc", f"--out={output}", "--static", *words)
-        )
+        options = ("-c", self.directory / "etc", f"--out={output}")
+        return Answer(run(BIN / "salt", *options, *words))
 
     def key(self, *words: object) -> Answer:
         """Run `salt-key` on the master."""
         return Answer(run(BIN / "salt-key", "-c", self.directory / "etc", "--out=json", *words))
+
 
 class Minion(Daemon):
     """A minion of the master in the same world."""

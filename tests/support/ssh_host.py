@@ -36,7 +36,14 @@ class SshHost:
             f"StrictModes no\nPidFile {directory}/pid\nSubsystem sftp internal-sftp\n"
         )
         self.process = subprocess.Popen(
-            ["/usr/sbin/sshd", "-D", "-E", str(directory / "log"), "-f", f"{directory}/sshd_config"],
+            [
+                "/usr/sbin/sshd",
+                "-D",
+                "-E",
+                str(directory / "log"),
+                "-f",
+                f"{directory}/sshd_config",
+            ],
             env=ENVIRONMENT,
             cwd="/",
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,57 @@
+"""A changed formula on the master is used throughout the next run."""
+
+from __future__ import annotations
+
+import pytest
+
+STATE = """
+def told(name):
+    comment = "state %(version)s, module " + __salt__["slmdb_probe.version"]()
+    return {"name": name, "result": True, "changes": {}, "comment": comment}
+"""
+MODULE = """
+def version():
+    return "%(version)s"
+"""
+SLS = """
+include:
+  - slm_database.check
+The probe is told:
+  slmdb_probe.told:
+    - require:
+      - sls: slm_database.check
+"""
+
+
+def publish(formula, version):
+    """Change a state and an execution module of the formula."""
+    (formula / "_states" / "slmdb_probe.py").write_text(STATE % {"version": version})
+    (formula / "_modules" / "slmdb_probe.py").write_text(MODULE % {"version": version})
+    (formula / "slm_database" / "probe.sls").write_text(SLS)
+
+
+def told(salt, target, minion, *arguments):
+    """What the probe says in a run."""
+    answer = salt(*target, "state.apply", "slm_database.probe", *arguments)
+    return answer.states(minion)[-1]["comment"]
+
+
+@pytest.mark.parametrize("first", [(), ("test=True",)], ids=["in earnest", "test"])
+def test_a_minion_uses_the_new_modules(site, first):
+    """The first run of a version has its modules, states included, in test mode as well."""
+    publish(site.formula, 1)
+    master = site.master("slm.19")
+    assert told(master.salt, ("*.19",), "slm.19", *first) == "state 1, module 1"
+    publish(site.formula, 2)
+    assert told(master.salt, ("*.19",), "slm.19", *first) == "state 2, module 2"
+    assert told(master.salt, ("*.19",), "slm.19") == "state 2, module 2"
+    assert master.salt("*.19", "slmdb_probe.version").of("slm.19") == "2"
+
+
+def test_salt_ssh_uses_the_new_modules(site):
+    """What was shipped before is replaced."""
+    publish(site.formula, 1)
+    salt_ssh = site.salt_ssh("slm.19")
+    assert told(salt_ssh, ("*.19",), "slm.19", "test=True") == "state 1, module 1"
+    publish(site.formula, 2)
+    assert told(salt_ssh, ("*.19",), "slm.19") == "state 2, module 2"
