@@ -13,6 +13,7 @@ __virtualname__ = "slmdb_unit"
 SYSTEM = "/etc/systemd/system"
 
 # Type=notify and ExecReload follow PostgreSQL's own documentation ("Starting the Database Server");
+# a minimal Debian has no /bin/kill, but every shell has its own.
 # TimeoutSec is infinity because crash recovery may take long. PartOf and ReloadPropagatedFrom let
 # `systemctl restart postgresql`, Debian's stub, reach the server.
 TEXT = """\
@@ -32,7 +33,7 @@ User=postgres
 Group=postgres
 Environment=PG_OOM_ADJUST_FILE=/proc/self/oom_score_adj PG_OOM_ADJUST_VALUE=0
 ExecStart={bin_directory}/postgres -D {data_directory} -c config_file={config_file}
-ExecReload=/bin/kill -HUP $MAINPID
+ExecReload=/bin/sh -c 'kill -HUP $$MAINPID'
 KillMode=mixed
 KillSignal=SIGINT
 OOMScoreAdjust=-900
