@@ -1,4 +1,4 @@
-"""A whole Debian host, booted with systemd: an overlay over a cached image, in a network of its own."""
+"""A whole Debian host, booted with systemd: an overlay over an image, in its own network."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FORMULA = "/srv/autobot-slm-database"
 NOT_PUSHED = [".git", "__pycache__", "*.pyc", ".hypothesis", ".venv", ".*_cache"]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# What systemd and Salt write for themselves while a host runs.
+NOT_OURS = ["/opt/autobot-slm-database", "/var/cache/autobot-slm-database"]
+NOT_OURS += ["/var/lib/autobot-slm-database/salt", "/var/log/autobot-slm-database"]
+NOT_OURS += ["/var/log/journal", "/var/lib/systemd", "/var/tmp/systemd-private-*", "/srv"]
 _START = 'mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root"'
 
 
 class Host:
     """A host that is started from layers of root file systems, the topmost first."""
 
-    def __init__(self, layers, switch, neighbour=None):
+    def __init__(self, layers, switch):
         self.layers = [str(layer) for layer in layers]
         self.name = f"slm-{uuid.uuid4().hex[:8]}"
         self.network = switch.plug()
@@ -42,8 +46,10 @@ class Host:
         script = f'{_START} && shift 2 && exec "$@"'
         with self.console.open("ab") as console:
             self.nspawn = subprocess.Popen(
-                [*DIES_WITH_US, "unshare", "--mount", "sh", "-c", script, "sh"]
-                + [":".join(self.layers), str(self.directory), *self._nspawn()],
+                [
+                    *(*DIES_WITH_US, "unshare", "--mount", "sh", "-c", script, "sh"),
+                    *(":".join(self.layers), str(self.directory), *self._nspawn()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
@@ -146,6 +152,29 @@ class Host:
         subprocess.run([*self._enter(), "bash", "-c", unpack], input=archive, check=True)
         return FORMULA
 
+    def serve(self, port):
+        """Let something that is not ours listen on this port, on every address."""
+        words = ["systemd-run", "--quiet", f"--unit=held-{port}", "python3", "-m", "http.server"]
+        self.run([*words, "--bind", "::", str(port)])
+        self.until(f"bash -c ': >/dev/tcp/127.0.0.1/{port}'")
+
+    def until(self, command, patience=30):
+        """Wait until a command succeeds."""
+        deadline = time.monotonic() + patience
+        while self.run(command, check=time.monotonic() > deadline).returncode:
+            time.sleep(0.1)
+
+    def snapshot(self, *directories):
+        """Return what these directories hold: kind, mode, owner and content of every file."""
+        words = ["find", *directories, "-xdev", *_without(NOT_OURS)]
+        described = self.run([*words, "-printf", r"%p\t%y %m %u:%g %l\n"]).stdout
+        hashed = self.run(shlex.join([*words, "-type", "f", "-print0"]) + " | xargs -0 sha256sum")
+        found = dict(line.split("\t", 1) for line in described.splitlines())
+        for line in hashed.stdout.splitlines():
+            digest, _, path = line.partition("  ")
+            found[path] = f"{found.get(path)} {digest}"
+        return found
+
     # how it works
 
     def _nspawn(self):
@@ -165,7 +194,12 @@ class Host:
         return self.run("systemctl is-system-running", check=False, timeout=20).stdout.strip()
 
     def _enter(self, env=None):
-        words = ["nsenter", "-t", str(self.leader), *("-m", "-u", "-i", "-p", "-C", "-n", "-r", "-w")]
+        words = [
+            "nsenter",
+            "-t",
+            str(self.leader),
+            *("-m", "-u", "-i", "-p", "-C", "-n", "-r", "-w"),
+        ]
         variables = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"} | (env or {})
         return [*words, "env", "-i", *(f"{key}={value}" for key, value in variables.items())]
 
@@ -177,7 +211,7 @@ class Host:
 
 
 def prepared(release):
-    """Return the layers of a host that has Salt and PostgreSQL's packages at hand, but no database."""
+    """Return the layers of a host that has Salt and the packages at hand, but no database."""
     base = image.bare(release)
     recipe = [CHECKOUT / "bin/_salt.sh", CHECKOUT / "bin/salt-call", Path(__file__)]
     recipe += sorted((CHECKOUT / "requirements").glob("host-*.txt"))
@@ -211,12 +245,24 @@ def sweep():
             lock.unlink(missing_ok=True)
 
 
+def hold(directory):
+    """Say that a directory of the cache is in use, for as long as what is returned stays open."""
+    lock = directory.with_suffix(".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def _without(paths):
+    """Return the words that keep find out of these paths."""
+    alternatives = [word for path in paths for word in ("-path", path, "-o")][:-1]
+    return ["(", *alternatives, ")", "-prune", "-o"]
+
+
 def _scratch(name):
     """Make the directory of a host, and hold its lock."""
     directory = image.CACHE / "hosts" / name
     directory.parent.mkdir(parents=True, exist_ok=True)
-    lock = directory.with_suffix(".lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = hold(directory)
     directory.mkdir()
     return directory, lock
 
@@ -227,7 +273,10 @@ def _leader(nspawn):
         with contextlib.suppress(OSError):
             status = Path(f"/proc/{child}/status").read_text()
             command = Path(f"/proc/{child}/comm").read_text().strip()
-            if "\nNSpid:" in status and status.split("\nNSpid:")[1].split("\n")[0].split()[-1] == "1":
+            if (
+                "\nNSpid:" in status
+                and status.split("\nNSpid:")[1].split("\n")[0].split()[-1] == "1"
+            ):
                 return int(child) if command == "systemd" else None
     return None
 

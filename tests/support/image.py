@@ -1,4 +1,4 @@
-"""Root file systems of Debian releases, made once, kept outside the checkout, keyed by their inputs."""
+"""Root file systems of Debian releases: made once, kept outside the checkout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def locked(name):
 
 
 def cached(name, inputs, build):
-    """Return the cached directory of these inputs; `build` fills an empty one, which is then renamed."""
+    """Return the cached directory of these inputs; `build` makes one that is then renamed."""
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     wanted = CACHE / "images" / f"{name}-{key}"
     with locked(f"image-{name}"):
@@ -52,7 +52,7 @@ def cached(name, inputs, build):
 
 
 def bare(release):
-    """Return the root of a minimal Debian of this release: systemd and nothing that the formula needs."""
+    """Return the root of a minimal Debian: systemd, and nothing that the formula needs."""
     inputs = [release, PACKAGES, _sources(release), _apt_options(), pip_settings(), _digest()]
     return cached(release, inputs, lambda root: _bootstrap(release, root))
 
@@ -124,7 +124,7 @@ def _apt_options():
 
 
 def _sources(release):
-    """Return this machine's own Debian mirrors for this release; Debian's usual ones if it has none."""
+    """Return this machine's own Debian mirrors for this release, or Debian's usual ones."""
     own = re.search(r"^VERSION_CODENAME=(\S+)", Path("/etc/os-release").read_text(), re.M)
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)"]
     command += ["Created-By: Packages", "Origin: Debian", "Component: main"]

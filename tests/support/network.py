@@ -1,4 +1,4 @@
-"""A switch of our own: network namespaces on one bridge, with a user-mode way out to the machine's network.
+"""A switch of our own: network namespaces on one bridge, with a user-mode way out.
 
 Nothing is set up on the machine itself, so nothing can be left behind or be in another run's way:
 a namespace ends with the process that holds it, and that process ends with this one.
@@ -6,9 +6,11 @@ a namespace ends with the process that holds it, and that process ends with this
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +47,17 @@ class Namespace:
             stdin=subprocess.DEVNULL,
         )
 
+    def listening(self):
+        """Return the (address, port) pairs that the kernel accepts TCP connections on."""
+        found = set()
+        for name in ("tcp", "tcp6"):
+            table = Path(f"/proc/{self.holder.pid}/net/{name}").read_text()
+            for line in table.splitlines()[1:]:
+                local, state = line.split()[1], line.split()[3]
+                if state == "0A":
+                    found.add(_endpoint(local))
+        return found
+
     def reaches(self, address, port):
         """Return whether a TCP connection from here to there succeeds."""
         return not self.run("python3", "-c", _PROBE, address, str(port), check=False).returncode
@@ -69,8 +82,10 @@ class Switch:
         """Start the user-mode gateway (10.0.2.2, names at 10.0.2.3) and plug it in."""
         reader, writer = os.pipe()
         gateway = subprocess.Popen(
-            [*DIES_WITH_US, "slirp4netns", f"--mtu={MTU}", "--disable-host-loopback"]
-            + [f"--ready-fd={writer}", "--netns-type=path", self.core.path, "uplink"],
+            [
+                *(*DIES_WITH_US, "slirp4netns", f"--mtu={MTU}", "--disable-host-loopback"),
+                *(f"--ready-fd={writer}", "--netns-type=path", self.core.path, "uplink"),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -104,6 +119,15 @@ class Switch:
         self.uplink.wait()
         for member in [*self.members, self.core]:
             member.close()
+
+
+def _endpoint(text):
+    """Read one address of the kernel's table: words in the machine's byte order, and a port."""
+    address, port = text.split(":")
+    packed = b"".join(
+        int(address[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(address), 8)
+    )
+    return str(ipaddress.ip_address(packed)), int(port, 16)
 
 
 def _hold():

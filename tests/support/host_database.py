@@ -1,0 +1,101 @@
+"""Asks a booted host about its database as an operator would, without Salt."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+
+from tests.support.host import FORMULA
+
+UNIT = "autobot-slm-database"
+READY = "/var/run/postgresql:5432 - accepting connections"
+
+
+def apply(host, *arguments, check=True):
+    """Run bin/apply."""
+    return host.run([f"{FORMULA}/bin/apply", *arguments], check=check, timeout=900)
+
+
+def apply_states(host, *arguments):
+    """Run bin/apply and return what Salt says of each state."""
+    return json.loads(apply(host, *arguments, "--out=json").stdout)["local"]
+
+
+def announced(states):
+    return {name for name, state in states.items() if state["result"] is None}
+
+
+def changed(states):
+    return {name for name, state in states.items() if state["changes"]}
+
+
+def failed(states):
+    return {name: state["comment"] for name, state in states.items() if state["result"] is False}
+
+
+def health(host):
+    """Return the exit status and the report of slmdb.health."""
+    words = [f"{FORMULA}/bin/salt-call", "--retcode-passthrough", "--out=json", "slmdb.health"]
+    answer = host.run(words, check=False)
+    return answer.returncode, json.loads(answer.stdout)["local"]
+
+
+def ready(host):
+    """Return the line of pg_isready for the application."""
+    line = host.run("pg_isready -U autobot_slm -d autobot_slm -t 1", check=False)
+    return line.stdout.strip()
+
+
+def sql(host, statement, port=5432):
+    """Return what psql prints for the administrator."""
+    words = ["runuser", "-u", "postgres", "--", "psql", "-XAt", "-p", str(port), "-c", statement]
+    return host.run(words).stdout.strip()
+
+
+def active(host, unit=UNIT):
+    return host.run(["systemctl", "is-active", unit], check=False).stdout.strip()
+
+
+def show(host, unit, name):
+    return host.run(["systemctl", "show", "--value", "-p", name, unit]).stdout.strip()
+
+
+def postmaster(host):
+    """Return the process id of the server that runs, 0 if none does."""
+    return int(show(host, UNIT, "MainPID"))
+
+
+def system_identifier(host):
+    """Return what initdb gave the one instance of the host."""
+    program = (
+        "$(ls -d /usr/lib/postgresql/*/bin)/pg_controldata $(ls -d /var/lib/postgresql/*/main)"
+    )
+    lines = host.run(program).stdout.splitlines()
+    return next(line.split(":")[1].strip() for line in lines if "system identifier" in line)
+
+
+def came_back(host, before, patience=30):
+    """
+    Wait for another server than this one; on the way the unit must not claim one that is not there.
+
+    Returns whether it told the truth throughout and the server came back.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        claimed = active(host) == "active"
+        if claimed and ready(host) == READY:
+            if postmaster(host) not in (0, before):
+                return True
+        elif claimed and active(host) == "active" and ready(host) != READY:
+            return False
+        time.sleep(0.1)
+    return False
+
+
+def environment_value(host, path, key):
+    """Return the value of a key of an environment file."""
+    for line in host.read(path).splitlines():
+        if line.startswith(f"{key}="):
+            return shlex.split(line.split("=", 1)[1])[0]
+    return None
