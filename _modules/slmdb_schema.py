@@ -153,7 +153,24 @@ SCHEMA: dict[str, Any] = {
         "windows": ("list", _WINDOW),
         "approve": "boolean",
     },
-    "backup": {"enabled": "boolean"},
+    "backup": {
+        "enabled": "boolean",
+        "path": "path",
+        "encryption": "boolean",
+        "retention": {
+            "full": ("integer", 1, 1000),
+            "differential": ("integer", 1, 1000),
+            "dumps": ("integer", 1, 1000),
+        },
+        "schedule": {
+            "full": ("null", "moment"),
+            "differential": ("null", "moment"),
+            "dump": ("null", "moment"),
+            "drill": ("null", "moment"),
+        },
+        "queue_limit": "size",
+        "limits": {"backup": "duration", "archive": "duration", "restore": "duration"},
+    },
     "clean": {"data": "boolean", "role": "boolean", "secret": "boolean", "packages": "boolean"},
 }
 
@@ -266,8 +283,9 @@ def _part(pillar: dict, *keys: str, of: type) -> Any:
 
 
 def _text(pillar: dict, *keys: str) -> str:
-    """Return a text from the pillar, else what the defaults say."""
-    return _part(pillar, *keys, of=str) or str(__salt__["slmdb_pillar.get"](*keys))
+    """Return a text from the pillar, else from the defaults; empty if pillar broke those."""
+    settings = __salt__["slmdb_pillar.settings"]()
+    return _part(pillar, *keys, of=str) or _part(settings, *keys, of=str)
 
 
 def _loopback(address: Any) -> bool:

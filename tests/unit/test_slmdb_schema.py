@@ -41,7 +41,7 @@ def _default(*keys):
 SCHEMA.__salt__ = {
     "slmdb_kinds.mistake": KINDS.mistake,
     "slmdb_kinds.show": KINDS.show,
-    "slmdb_pillar.get": _default,
+    "slmdb_pillar.settings": lambda: DEFAULTS,
     "slmdb_window.problems": WINDOW.problems,
 }
 problems = SCHEMA.problems

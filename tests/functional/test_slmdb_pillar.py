@@ -1,0 +1,89 @@
+"""The pillar through the loader and through a whole run: refused in words, with nothing touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.support import world as worlds
+
+BAD = {
+    "a list": [1],
+    "a text": "port: 5432",
+    "an unknown key": {"prot": 5433},
+    "a port": {"port": 70000},
+    "a long name": {"role": "a" * 64},
+    "remote": {"listen_addresses": ["0.0.0.0"]},
+    "a method": {"hba": {"before": [{"type": "local", "method": "foo"}]}},
+    "null": {"hba": None, "secret": None, "settings": None},
+    "a password": {"roles": {"reader": {"password": "Hunter2-canary"}}},
+}
+
+
+def _host() -> dict[str, tuple]:
+    """What was written to the host since it was fresh: owner, mode and content of each file."""
+    found = {}
+    for directory, _, names in os.walk(worlds.STATE["layer"]):
+        for path in [Path(directory), *(Path(directory) / name for name in names)]:
+            facts = path.lstat()
+            data = path.read_bytes() if stat.S_ISREG(facts.st_mode) else b""
+            digest = hashlib.sha256(data).hexdigest()
+            found[str(path)] = (facts.st_mode, facts.st_uid, facts.st_gid, digest)
+    return found
+
+
+def _apply(minion, **keywords) -> dict:
+    run = minion.call("state.apply", "slm_database", **keywords)
+    return {chunk["__id__"]: chunk for chunk in run.raw.values()}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("test", [True, False])
+def test_a_wrong_pillar_stops_the_run_before_anything(bare, minions, bad, test):
+    """The first state fails with the lines, nothing else runs, the host is as before."""
+    minion = minions({"slm_database": BAD[bad]})
+    lines = minion.call("slmdb_pillar.problems")
+    before = _host()
+    states = _apply(minion, test=test)
+    assert _host() == before
+    assert str(states["The pillar is valid"]["comment"]).splitlines() == lines != []
+    assert states["The pillar is valid"]["result"] is False
+    others = {name: one["result"] for name, one in states.items() if one["__sls__"].count(".") != 1}
+    assert not any(one["changes"] for one in states.values())
+    assert True not in others.values()
+    assert "Hunter2-canary" not in repr(states)
+
+
+@pytest.mark.parametrize("component", ["config", "secret", "access", "clean"])
+def test_a_component_alone_checks_the_pillar_too(bare, minions, component):
+    """Whichever part is applied, the whole pillar is looked at first."""
+    minion = minions({"slm_database": {"clean": {"dta": True}}})
+    before = _host()
+    run = minion.call("state.apply", f"slm_database.{component}")
+    assert _host() == before
+    failed = [chunk for chunk in run.raw.values() if chunk["result"] is False]
+    assert "did you mean data?" in str(failed[0]["comment"])
+
+
+def test_settings_are_pillar_over_the_release_over_the_defaults(bare, minions):
+    """Mappings are merged key by key, a list replaces the default list."""
+    told = {"secret": {"length": 50, "url_keys": ["A"]}, "settings": {"jit": True}}
+    minion = minions({"slm_database": told})
+    assert minion.call("slmdb_pillar.problems") == []
+    assert minion.call("slmdb_pillar.get", "secret", "length") == 50
+    assert minion.call("slmdb_pillar.get", "secret", "url_keys") == ["A"]
+    assert minion.call("slmdb_pillar.get", "secret", "key") == "SLM_DB_PASSWORD"
+    assert minion.call("slmdb_pillar.get", "settings") == {"jit": True}
+    release = minion.call("slmdb_pillar.get", "distribution", "version")
+    assert release == {"12": "15", "13": "17"}[minion.call("grains.get", "osrelease").split(".")[0]]
+
+
+@pytest.mark.parametrize("keys", [("nothing",), ("secret", "nothing"), ("port", "deeper")])
+def test_a_setting_that_does_not_exist_is_one_line(bare, minions, keys):
+    """Asked for by mistake in code or by hand."""
+    with pytest.raises(Exception, match=f"slm_database:{':'.join(keys)}: there is no such setting"):
+        minions().call("slmdb_pillar.get", *keys)
