@@ -64,6 +64,20 @@ def _recorded() -> dict | None:
     return recorded if isinstance(recorded, dict) else None
 
 
+def _remembered() -> dict | None:
+    """The record over the defaults, read again only when the record is another file."""
+    try:
+        stamp = os.stat(RECORD).st_mtime_ns
+    except OSError:
+        return None
+    known, merged = __context__.get("slmdb_remembered", (None, None))
+    if known != stamp:
+        recorded = _recorded()
+        merged = _merge(_defaults(), recorded) if recorded else None
+        __context__["slmdb_remembered"] = (stamp, merged)
+    return merged
+
+
 def begin_run() -> None:
     """
     Say that a state run has begun: from here on pillar alone decides, not the last one's record.
@@ -96,9 +110,9 @@ def settings() -> dict:
     """
     given = _given()
     if not given and "slmdb_run" not in __context__:
-        recorded = _recorded()
-        if recorded:
-            return _merge(_defaults(), recorded)
+        remembered = _remembered()
+        if remembered:
+            return remembered
     key, merged = __context__.get("slmdb_settings", (None, None))
     if merged is None or key != repr(given):
         # salt-ssh has the files of the formula in a state run only; the record holds every setting.
