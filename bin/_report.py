@@ -24,13 +24,42 @@ def plain(key: str, value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, (int, float)) and key.endswith(("bytes", "size", "free")):
+    if isinstance(value, (int, float)) and key.endswith("bytes"):
         return size(value)
     if isinstance(value, list):
         return ", ".join(plain(key, one) for one in value) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {plain(name, one)}" for name, one in value.items()) or "none"
+        told = (f"{label(name)} {plain(name, one)}" for name, one in value.items())
+        return ", ".join(told) or "none"
     return str(value)
+
+
+def label(key: str) -> str:
+    """Return a key as words; a unit that its value shows is left out."""
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return one line per login of the matrix: what should happen and what would."""
+    width = max(len(row["login"]) for row in rows)
+    return [
+        f"    {row['login']:<{width}}  {row['judged']}"
+        + ("" if row["right"] else f"  WRONG, expected: {row['expected']}")
+        for row in rows
+    ]
+
+
+def paragraph(details: dict[str, Any]) -> list[str]:
+    """Return one subject, a line for each key that says something."""
+    shown = {key: value for key, value in details.items() if value not in (None, [], {})}
+    width = max((len(label(key)) for key in shown), default=0)
+    found = []
+    for key, value in shown.items():
+        if key == "matrix":
+            found += [f"  {label(key)}", *table(value)]
+        else:
+            found.append(f"  {label(key):<{width}}  {plain(key, value)}")
+    return found
 
 
 def lines(health: dict[str, Any]) -> list[str]:
@@ -41,14 +70,10 @@ def lines(health: dict[str, Any]) -> list[str]:
     for subject, details in health.items():
         if subject in ("healthy", "problems", "warnings"):
             continue
-        if not isinstance(details, dict):
+        if isinstance(details, dict):
+            found += [f"{subject}:", *paragraph(details)]
+        elif details:
             found.append(f"{subject}: {plain(subject, details)}")
-            continue
-        width = max((len(str(key)) for key in details), default=0)
-        found.append(f"{subject}:")
-        for key, value in details.items():
-            name = str(key).replace("_", " ")
-            found.append(f"  {name:<{width}}  {plain(str(key), value)}")
     return found
 
 

@@ -23,6 +23,14 @@ die() {
 
 say() { printf '==> %s\n' "$*" >&2; }
 
+# Runs a command; what it says is shown only if it fails.
+quietly() {
+  local said status=0
+  said=$("$@" 2>&1) || status=$?
+  [ "$status" = 0 ] || printf '%s\n' "$said" >&2
+  return "$status"
+}
+
 need_root() {
   [ "$(id -u)" = 0 ] || die "must run as root: sudo $0"
 }
@@ -44,8 +52,8 @@ ensure_python() {
   python3 -c 'import ensurepip, venv' 2>/dev/null && [ -e /etc/ssl/certs/ca-certificates.crt ] && return
   say "Installing Python (python3, python3-venv, ca-certificates)"
   local apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
-  "${apt[@]}" update >&2 || die "apt-get update failed; the host needs its Debian mirror"
-  "${apt[@]}" install -y --no-install-recommends python3 python3-venv ca-certificates >&2 ||
+  quietly "${apt[@]}" update || die "apt-get update failed; the host needs its Debian mirror"
+  quietly "${apt[@]}" install -y --no-install-recommends python3 python3-venv ca-certificates ||
     die "apt-get install python3 python3-venv ca-certificates failed; see above"
 }
 
