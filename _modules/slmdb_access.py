@@ -346,7 +346,7 @@ def _lets_in(
     if rule and method == "peer" and user:
         name = rule["options"].get("map")
         same = [(name, user, role)] if name is None else []
-        bare = [tuple(word.strip('"') for word in line) for line in [*maps, *same]]
+        bare = [tuple((word or "").strip('"') for word in line) for line in [*maps, *same]]
         return "admitted" if (name, user, role) in bare else "refused"
     return "refused"
 

@@ -64,6 +64,7 @@ def _own() -> dict[str, Any]:
         "port": _get("port"),
         "listen_addresses": _get("listen_addresses"),
         "password_encryption": "scram-sha-256",
+        **__salt__["slmdb_pgbackrest.settings"](),
     }
 
 
@@ -116,6 +117,8 @@ def _key(name: str) -> str:
     """Return the pillar path that a setting comes from."""
     if name in _given():
         return f"slm_database:settings:{name}"
+    if name in __salt__["slmdb_pgbackrest.settings"]():
+        return "slm_database:backup"
     return f"slm_database:{name}" if name in ("port", "listen_addresses") else TUNED
 
 

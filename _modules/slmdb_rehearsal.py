@@ -42,7 +42,7 @@ _OWN = {
     "lc_messages": "C",
     "cluster_name": "rehearsal",
 }
-_WORDS = re.compile(r"\b(LOG|WARNING|ERROR|FATAL|PANIC|HINT|DETAIL):\s+(.*)")
+_WORDS = re.compile(r"\b(LOG|WARNING|ERROR|FATAL|PANIC|HINT|DETAIL|postgres):\s+(.*)")
 _ALL_SETTINGS = "SELECT name, setting, unit, vartype, context, enumvals FROM pg_settings"
 
 
