@@ -22,33 +22,66 @@ from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_alembic"
 
-# Runs inside the backend's virtual environment. Whatever a migration prints goes to stderr, so
+# Both run inside the backend's virtual environment. Whatever a migration prints goes to stderr, so
 # that the answer stands alone on stdout.
 ASK = """
 import json, os, sys
 answer = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
 def flat(value):
     return [value] if isinstance(value, str) else sorted(value or ())
+def message(r):
+    return (r.doc or "").split("\\n")[0].strip()
+def history(script):
+    paths = [script.dir, script.versions] + list(getattr(script, "_version_locations", ()))
+    revisions = {
+        r.revision: {"down": flat(r.down_revision), "message": message(r),
+                     "depends": flat(getattr(r, "_resolved_dependencies", None))}
+        for r in script.walk_revisions()
+    }
+    return {"heads": sorted(script.get_heads()), "revisions": revisions,
+            "order": list(revisions), "paths": sorted({os.path.abspath(p) for p in paths})}
+def steps(script, target, *current):
+    between = list(script.iterate_revisions(target, current, implicit_base=True))
+    known = {"head": script.get_heads(), "heads": script.get_heads()}
+    targets = known.get(target) or [r.revision for r in script.get_revisions(target) if r]
+    return {"steps": [{"revision": r.revision, "message": message(r)} for r in between[::-1]],
+            "targets": sorted(targets)}
 try:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
     script = ScriptDirectory.from_config(Config(sys.argv[1]))
-    paths = [script.dir, script.versions] + list(getattr(script, "_version_locations", ()))
-    revisions = {
-        r.revision: {
-            "down": flat(r.down_revision),
-            "depends": flat(getattr(r, "_resolved_dependencies", None)),
-            "message": (r.doc or "").split("\\n")[0].strip(),
-        }
-        for r in script.walk_revisions()
-    }
-    given = {"heads": sorted(script.get_heads()), "revisions": revisions,
-             "order": list(revisions), "paths": sorted({os.path.abspath(p) for p in paths})}
+    given = steps(script, *sys.argv[2:]) if len(sys.argv) > 2 else history(script)
 except ImportError as err:
     given = {"error": "%s" % err if err.name != "alembic" else "Alembic is not installed in it"}
 except BaseException as err:
     given = {"error": "%s: %s" % (type(err).__name__, (str(err).strip() or "-").splitlines()[-1])}
 json.dump(given, answer); answer.flush(); os._exit(0)
+"""
+# What changes the database says on its connection what it is, and does not wait for a lock for
+# ever: psycopg takes that from PGOPTIONS and PGAPPNAME, asyncpg has to be told when it connects.
+TELL = """
+import os, sys
+settings = {"application_name": os.environ["PGAPPNAME"]}
+settings["lock_timeout"] = os.environ["SLMDB_LOCK_TIMEOUT"]
+try:
+    import asyncpg
+    def telling(connect):
+        def told(*args, server_settings=None, **kwargs):
+            return connect(*args, server_settings={**(server_settings or {}), **settings}, **kwargs)
+        return told
+    asyncpg.connect = telling(asyncpg.connect)
+except ImportError:
+    pass
+"""
+NAME = "slmdb_migration"
+UPGRADE = f"""{TELL}
+from alembic.config import main
+main(argv=sys.argv[1:], prog="alembic")
+"""
+INITIALIZE = f"""{TELL}
+import asyncio
+from services.database import db_service
+asyncio.run(db_service.initialize())
 """
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -209,35 +242,13 @@ def _mask(text: bytes, secrets: list[str]) -> str:
     return shown
 
 
-def run(command: list[str], timeout: float, variables: dict[str, str] | None = None) -> dict:
-    """
-    Run a command of the backend's, as its user, in its directory, with its unit's environment.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_alembic.run '["alembic", "history"]' 30
-
-    command
-        List of arguments; a first one without a slash is looked for in the virtual environment.
-    timeout
-        Seconds; the command and all it started are then killed.
-    variables
-        More environment variables, over those of the unit.
-
-    Returns ``retcode`` (``None`` if it was killed for its time), ``stdout`` and ``stderr``, in
-    which the values of the unit's variables that could be secret are masked. Raises
-    ``CommandExecutionError`` if the command cannot be started.
-    """
-    found = facts()
-    if found["problem"]:
-        raise CommandExecutionError(found["problem"])
-    if "/" not in command[0]:
-        command = [os.path.join(found["venv"], "bin", command[0]), *command[1:]]
-    extra = _unit_environment()
+def _run(command: list[str], timeout: float) -> dict[str, Any]:
+    """Run a command of the backend's as its user, with its unit's environment."""
+    found, extra = facts(), _unit_environment()
     secrets = __salt__["slmdb_secret.hidden"](extra)
-    process = _start(command, found, {**extra, **(variables or {})})
+    patience = f"{__salt__['slmdb_pillar.get']('migration', 'lock_timeout')}s"
+    ours = {"PGAPPNAME": NAME, "SLMDB_LOCK_TIMEOUT": patience}
+    process = _start(command, found, {**extra, **ours, "PGOPTIONS": f"-c lock_timeout={patience}"})
     try:
         output, errors = process.communicate(timeout=timeout)
         retcode = process.returncode
@@ -253,6 +264,76 @@ def run(command: list[str], timeout: float, variables: dict[str, str] | None = N
         "stdout": _mask(output, secrets),
         "stderr": _mask(errors, secrets),
     }
+
+
+def missing_tables() -> list[str]:
+    """
+    Name the tables that Alembic may not run without, and that are not there.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.missing_tables
+
+    Returns those of ``health:tables`` from pillar that the migrations' database does not have.
+    Raises ``CommandExecutionError`` if it cannot be asked.
+    """
+    expected = list(__salt__["slmdb_pillar.get"]("health", "tables"))
+    return __salt__["slmdb_health.missing_tables"](expected, __salt__["slmdb_migration.database"]())
+
+
+def initialize(timeout: float) -> dict[str, Any]:
+    """
+    Let the backend create its tables: ``db_service.initialize()``.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.initialize 600
+
+    timeout
+        Seconds; what was started is then killed.
+
+    Returns ``retcode`` (``None`` if it was killed for its time), ``stdout`` and ``stderr``, secrets
+    masked. Raises ``CommandExecutionError`` if it cannot be started.
+    """
+    found = facts()
+    given = __salt__["slmdb_pillar.get"]("migration", "initialize")
+    command = shlex.split(given) if given else [found["python"], "-c", INITIALIZE]
+    return _run(command, timeout)
+
+
+def alembic(arguments: list[str], timeout: float) -> dict[str, Any]:
+    """
+    Run the backend's Alembic with its unit's environment; never before the backend made its tables.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.alembic '["current"]' 60
+
+    arguments
+        List of words, as behind ``alembic``.
+    timeout
+        Seconds; what was started is then killed.
+
+    Returns ``retcode`` (``None`` if it was killed for its time), ``stdout`` and ``stderr``, secrets
+    masked. Raises ``CommandExecutionError`` if it cannot be started, or if tables are missing.
+    """
+    found = facts()
+    if found["problem"]:
+        raise CommandExecutionError(found["problem"])
+    missing = missing_tables() if "--sql" not in arguments else []
+    if missing:
+        raise CommandExecutionError(
+            f"Alembic does not run before the backend's initialize(): missing {', '.join(missing)}"
+        )
+    given = __salt__["slmdb_pillar.get"]("migration", "alembic")
+    command = shlex.split(given) if given else [found["python"], "-c", UPGRADE]
+    return _run([*command, "-c", found["ini"], *arguments], timeout)
 
 
 def _cache_file(found: dict[str, Any]) -> str:
@@ -302,16 +383,55 @@ def _remember(found: dict[str, Any], given: dict[str, Any], state: str) -> None:
         return  # a cache that cannot be written costs time, nothing else
 
 
-def _answer(output: bytes, errors: bytes, python: str) -> dict[str, Any]:
+def _ask(found: dict[str, Any], words: list[str], timeout: float) -> dict[str, Any]:
+    """What Alembic says in the backend's virtual environment, without a secret and a database."""
+    process = _start([found["python"], "-c", ASK, found["ini"], *words], found, {})
+    try:
+        output, errors = process.communicate(timeout=max(timeout, 0.1))
+    except subprocess.TimeoutExpired as err:
+        raise CommandExecutionError(
+            f"Alembic did not answer within {timeout:.1f} s; slmdb.revision waits longer"
+        ) from err
+    finally:
+        _end(process)
     try:
         given = json.loads(output)
-        if "error" not in given:
-            return {key: given[key] for key in ("heads", "revisions", "order", "paths")}
-        reason = given["error"]
-    except (ValueError, KeyError, TypeError):
+        reason = given.get("error")
+    except (ValueError, AttributeError):
         lines = errors.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
         reason = lines[-1].strip()
-    raise CommandExecutionError(f"Alembic cannot be asked with {python}: {reason[:300]}")
+    if reason:
+        raise CommandExecutionError(
+            f"Alembic cannot be asked with {found['python']}: {reason[:300]}"
+        )
+    return given
+
+
+def steps(target: str, current: list[str], timeout: float = 30) -> dict[str, Any]:
+    """
+    Ask the backend's Alembic what an upgrade would do.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.steps head '[]'
+
+    target
+        As for ``alembic upgrade``.
+    current
+        The revisions the database has.
+    timeout
+        Seconds Alembic may take.
+
+    Returns ``steps`` (in order, each with ``revision`` and ``message``) and ``targets``
+    (revisions). Raises ``CommandExecutionError`` with Alembic's own line, for instance for an
+    unknown target.
+    """
+    found = facts()
+    if found["problem"]:
+        raise CommandExecutionError(found["problem"])
+    return _ask(found, [target, *current], timeout)
 
 
 def graph(timeout: float = 30) -> dict[str, Any]:
@@ -336,16 +456,7 @@ def graph(timeout: float = 30) -> dict[str, Any]:
         raise CommandExecutionError(found["problem"])
     kept = _remembered(found)
     if kept is None:
-        process = _start([found["python"], "-c", ASK, found["ini"]], found, {})
-        try:
-            output, errors = process.communicate(timeout=max(timeout, 0.1))
-        except subprocess.TimeoutExpired as err:
-            raise CommandExecutionError(
-                f"Alembic did not answer within {timeout:.1f} s; slmdb.revision waits longer"
-            ) from err
-        finally:
-            _end(process)
-        kept = _answer(output, errors, found["python"])
+        kept = _ask(found, [], timeout)
         _remember(found, kept, _state_of(found, kept["paths"]))
     return {key: kept[key] for key in ("heads", "revisions", "order")}
 

@@ -49,13 +49,16 @@ SELECT current_setting('server_version') AS version,
 """
 DATABASE = """
 SELECT CASE WHEN pg_relation_size('pg_catalog.pg_class') < %(large)s
-            THEN pg_database_size(current_database()) END AS bytes,
-       ARRAY(SELECT t FROM unnest(%(tables)s::text[]) AS t WHERE NOT EXISTS (
-             SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-              WHERE c.relname = split_part(t, '.', CASE position('.' IN t) WHEN 0 THEN 1 ELSE 2 END)
-                AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
-                AND n.nspname NOT IN ('pg_catalog', 'information_schema')
-                AND (position('.' IN t) = 0 OR n.nspname = split_part(t, '.', 1)))) AS missing
+            THEN pg_database_size(current_database()) END AS bytes
+"""
+MISSING = """
+SELECT t AS name FROM unnest(%s::text[]) WITH ORDINALITY AS wanted(t, place) WHERE NOT EXISTS (
+       SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relname = split_part(t, '.', CASE position('.' IN t) WHEN 0 THEN 1 ELSE 2 END)
+          AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
+          AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+          AND (position('.' IN t) = 0 OR n.nspname = split_part(t, '.', 1)))
+ ORDER BY place
 """
 
 
@@ -199,8 +202,30 @@ def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
 
 
 def _about_database(settings: dict[str, Any], moment: float) -> dict[str, Any]:
-    values = {"tables": list(settings["health"]["tables"]), "large": LARGE_CATALOGUE}
-    return _ask(DATABASE, values, settings["database"], moment)
+    where, tables = settings["database"], list(settings["health"]["tables"])
+    row = _ask(DATABASE, {"large": LARGE_CATALOGUE}, where, moment)
+    return {**row, "missing": missing_tables(tables, where)}
+
+
+def missing_tables(tables: list[str], database: str) -> list[str]:
+    """
+    Name the tables that a database does not have.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_health.missing_tables '["nodes"]' autobot_slm
+
+    tables
+        Names, with or without a schema; without, a table of any schema will do.
+    database
+        Name of the database.
+
+    Returns those that are missing. Raises ``CommandExecutionError`` if it cannot be asked.
+    """
+    rows = __salt__["slmdb_server.query"](MISSING, [list(tables)], database=database)
+    return [row["name"] for row in rows]
 
 
 def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, Any]) -> dict:

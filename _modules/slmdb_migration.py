@@ -4,6 +4,7 @@ Schema changes: what the database has, what the backend's code wants, and how on
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -14,6 +15,7 @@ except ImportError:
     sql = None
 
 __virtualname__ = "slmdb_migration"
+__func_alias__ = {"script": "sql"}
 
 TABLES = """
 SELECT n.nspname AS schema, c.relname AS name
@@ -187,3 +189,213 @@ def _remarks(answer: dict[str, Any]) -> list[str]:
     if answer["heads"] and len(answer["heads"]) > 1:
         said.append(f"The history has {len(answer['heads'])} heads: {_names(answer['heads'])}.")
     return said
+
+
+def plan(target: str | None = None) -> dict[str, Any]:
+    """
+    Say what a migration would do, without doing any of it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*.19' slmdb_migration.plan
+
+    target
+        As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
+
+    Returns ``target``, ``current`` (revisions), ``initialize`` (tables that are missing, so that
+    the backend's ``initialize()`` runs first), ``steps`` (revisions in order, each with
+    ``revision`` and ``message``), ``targets`` (revisions the database has afterwards),
+    ``left_to_the_backend`` (it tracks its migrations itself) and ``refused`` (why none of it can be
+    done, or ``None``). Raises nothing but what wrong settings raise.
+    """
+    target = target or __salt__["slmdb_pillar.get"]("migration", "target")
+    answer: dict[str, Any] = {
+        "target": target,
+        "current": None,
+        "initialize": [],
+        "steps": [],
+        "targets": [],
+        "left_to_the_backend": False,
+        "refused": __salt__["slmdb_alembic.facts"]()["problem"],
+    }
+    if not answer["refused"]:
+        try:
+            _plan(answer, target)
+        except CommandExecutionError as err:
+            answer["refused"] = str(err)
+    return answer
+
+
+def _plan(answer: dict[str, Any], target: str) -> None:
+    found = tracked()
+    answer["current"] = current = found["current"]
+    answer["initialize"] = __salt__["slmdb_alembic.missing_tables"]()
+    if found["tracked_by"] and not found["alembic"]:
+        answer["left_to_the_backend"] = True
+        return
+    graph = __salt__["slmdb_alembic.graph"]()
+    unknown = [name for name in current if name not in graph["revisions"]]
+    if unknown:
+        raise CommandExecutionError(
+            f"The database is at revision {_names(unknown)}, which the backend's code does not "
+            "know: the code is older than the database; deploy the code that has it"
+        )
+    if len(graph["heads"]) > 1 and target == "head":
+        raise CommandExecutionError(
+            f"slm_database:migration:target: head is ambiguous, the history has "
+            f"{len(graph['heads'])} heads: {_names(graph['heads'])}; set heads, or one of them"
+        )
+    reached = set(__salt__["slmdb_alembic.reached"](graph["revisions"], current))
+    try:
+        answer.update(__salt__["slmdb_alembic.steps"](target, current))
+    except CommandExecutionError as err:
+        _explain_target(target, current, reached, err)
+    behind = reached.issuperset(answer["targets"]) and set(answer["targets"]) != set(current)
+    if behind and target not in ("head", "heads"):
+        _refuse_downgrade(target, current)
+
+
+def _explain_target(target: str, current: list[str], reached: set, err: Exception) -> None:
+    if any(name.startswith(target) for name in reached):
+        _refuse_downgrade(target, current)
+    raise CommandExecutionError(f"slm_database:migration:target: {target}: {err}") from err
+
+
+def _refuse_downgrade(target: str, current: list[str]) -> None:
+    raise CommandExecutionError(
+        f"slm_database:migration:target: {target} is behind {_names(current)}, where the database "
+        "is; a downgrade is not done: name a later revision, or restore a backup"
+    )
+
+
+def differences(target: str | None = None) -> dict[str, Any]:
+    """
+    Say what a migration would change.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*.19' slmdb_migration.differences
+
+    target
+        As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
+
+    Returns ``{what: {"old": …, "new": …}}``: ``tables`` if ``initialize()`` runs first,
+    ``revision`` with every revision in order and its message; empty if nothing is to be done, or
+    if the backend tracks its migrations itself. Raises ``CommandExecutionError`` if it cannot be
+    done.
+    """
+    target = target or __salt__["slmdb_pillar.get"]("migration", "target")
+    if target.startswith("+"):
+        raise CommandExecutionError(
+            f"slm_database:migration:target: {target} is a step, not a place, and a state applied "
+            "twice would go twice; name a revision, or call slmdb_migration.apply"
+        )
+    found = plan(target)
+    if found["refused"]:
+        raise CommandExecutionError(found["refused"])
+    changes: dict[str, Any] = {}
+    if found["initialize"]:
+        missing = f"missing: {_names(found['initialize'])}"
+        changes["tables"] = {"old": missing, "new": "made by the backend's initialize()"}
+    if found["steps"]:
+        lines = [f"{one['revision']}: {one['message'] or '-'}" for one in found["steps"]]
+        changes["revision"] = {"old": _names(found["current"]), "new": lines}
+    return changes
+
+
+def script(target: str | None = None) -> str:
+    """
+    Return the SQL that a migration would run, to be read beforehand.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*.19' slmdb_migration.sql
+
+    target
+        As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
+
+    Returns text, empty if nothing is to be done. Raises ``CommandExecutionError`` if it cannot be
+    told, for instance because a migration reads the database while it runs.
+    """
+    found = plan(target)
+    if found["refused"]:
+        raise CommandExecutionError(found["refused"])
+    if not found["steps"]:
+        return ""
+    if len(found["current"]) > 1:
+        raise CommandExecutionError(
+            f"Alembic writes SQL from one revision only; the database is at "
+            f"{_names(found['current'])}"
+        )
+    between = f"{(found['current'] or ['base'])[0]}:{found['target']}"
+    seconds = __salt__["slmdb_pillar.get"]("migration", "timeout")
+    done = __salt__["slmdb_alembic.alembic"](["upgrade", between, "--sql"], seconds)
+    if done["retcode"] != 0:
+        raise CommandExecutionError(f"alembic upgrade --sql: {last_line(done['stderr'])}")
+    return done["stdout"]
+
+
+def last_line(text: str) -> str:
+    """
+    Pick the line of a failed command's output that says what went wrong.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_migration.last_line 'ValueError: no'
+
+    text
+        What the command wrote to stderr.
+
+    Returns the last line that names an exception, else the last line, shortened. Raises nothing.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: \S", line)]
+    return ((named or lines or ["it said nothing"])[-1])[:300]
+
+
+def apply(target: str | None = None) -> dict[str, Any]:
+    """
+    Migrate the database: initialize, restore point, upgrade, read back.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt '*.19' slmdb_migration.apply
+
+    target
+        As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
+
+    Returns what was done: ``permitted`` (why it may), ``initialized``, ``restore_point``, ``from``
+    and ``to`` (revisions). Raises ``CommandExecutionError`` with one line if it may not or could
+    not be done; the line says where the database is then.
+    """
+    return __salt__["slmdb_migration_run.run"](target)
+
+
+def summary() -> str:
+    """
+    Say in one line what this run's migration did, and where the database is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_migration.summary
+
+    Returns text: why it was permitted, the restore point if one was made, and the revision. Raises
+    nothing but what wrong settings raise.
+    """
+    done = __context__.pop("slmdb_migration", None) or {}
+    said = [f"Permitted: {done['permitted']}."] if done.get("permitted") else []
+    if done.get("restore_point"):
+        said.append(f"Restore point: {done['restore_point']}.")
+    return " ".join([*said, revision()["comment"]])

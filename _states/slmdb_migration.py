@@ -1,0 +1,34 @@
+"""
+The schema of the application's database is what the backend's code wants.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_migration"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def applied(name: str, target: str | None = None) -> dict:
+    """
+    The backend's migrations have run, after its tables were made.
+
+    name
+        The state's name.
+    target
+        As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
+
+    Example:
+
+    .. code-block:: yaml
+
+        The schema is what the backend's code wants:
+          slmdb_migration.applied
+    """
+    wanted = {"target": target} if target else {}
+    answer = __states__["slmdb.converge"](name, "slmdb_migration", wanted, server=True)
+    if answer["result"]:
+        answer["comment"] += f" {__salt__['slmdb_migration.summary']()}"
+    return answer

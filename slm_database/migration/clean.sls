@@ -1,0 +1,3 @@
+# A migration has nothing to undo: data and tables are the database's. Going back is a restore.
+include:
+  - slm_database.check

@@ -1,0 +1,373 @@
+"""A migration runs in the right order or not at all, and says where the database is afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.support import backend
+from tests.support.backend import sql
+
+APPROVED = {"slm_database": {"maintenance": {"approve": True}}}
+
+
+@pytest.fixture(scope="module")
+def venv():
+    """Made outside of the world, and before it is fresh."""
+    return backend.venv()
+
+
+@pytest.fixture(scope="module")
+def applied(venv, shared_server):
+    """A running server with the role, database, secret and rules of an empty pillar."""
+    for noun in ("slmdb_role", "slmdb_database", "slmdb_secret", "slmdb_access"):
+        shared_server.call(f"{noun}.apply")
+    return shared_server
+
+
+@pytest.fixture
+def minion(applied, venv):
+    """That server with an empty database, the backend deployed, an approval for this run."""
+    applied.tell(APPROVED)
+    empty(applied)
+    backend.deploy(venv)
+    yield applied
+    backend.remove()
+    applied.tell(None)
+
+
+def empty(minion):
+    minion.call("slmdb_server.execute", EMPTY, database="autobot_slm")
+
+
+EMPTY = """
+DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION autobot_slm;
+"""
+
+
+def execute(minion, statement):
+    minion.call("slmdb_server.execute", statement, database="autobot_slm")
+
+
+def query(minion, statement):
+    return minion.call("slmdb_server.query", statement, database="autobot_slm")
+
+
+def tables(minion):
+    rows = query(minion, "SELECT tablename AS name FROM pg_tables WHERE schemaname = 'public'")
+    return {row["name"] for row in rows}
+
+
+def current(minion):
+    return minion.call("slmdb_migration.tracked")["current"]
+
+
+def apply(minion, **keywords):
+    return minion.state("slmdb_migration.applied", **keywords)
+
+
+def refused(minion, **keywords):
+    """The one line with which a migration is refused or fails."""
+    answer = apply(minion, **keywords)
+    assert answer["result"] is False
+    assert "Traceback" not in answer["comment"]
+    assert "\n" not in answer["comment"]
+    return answer["comment"]
+
+
+def test_an_empty_database_is_initialized_then_migrated(minion):
+    answer = apply(minion)
+    assert answer["result"] is True, answer["comment"]
+    assert current(minion) == ["d1"]
+    assert tables(minion) == {*backend.TABLES, "alembic_version", "heartbeats"}
+    assert "Restore point: " in answer["comment"]
+    assert "d1, as the backend's code wants" in answer["comment"]
+
+
+def test_the_second_run_changes_nothing(minion):
+    assert apply(minion)["result"] is True
+    answer = apply(minion)
+    assert (answer["result"], answer["changes"]) == (True, {})
+
+
+def test_a_dry_run_names_the_revisions_in_order_and_changes_nothing(minion):
+    announced = apply(minion, test=True)
+    assert announced["result"] is None
+    lines = announced["changes"]["revision"]["new"]
+    assert [line.partition(": ")[0] for line in lines] in backend.ORDERS
+    assert "a1: Nodes have a region" in lines
+    assert announced["changes"]["tables"]["old"].startswith("missing: nodes, ")
+    assert tables(minion) == set()
+    assert apply(minion)["changes"] == announced["changes"]
+
+
+def test_the_plan_gives_the_same_as_data(minion):
+    plan = minion.call("slmdb_migration.plan")
+    assert plan["refused"] is None
+    assert plan["initialize"] == list(backend.TABLES)
+    assert [one["revision"] for one in plan["steps"]] in backend.ORDERS
+    assert plan["targets"] == ["d1"]
+    assert [one["revision"] for one in minion.call("slmdb_migration.plan", "b1")["steps"]] == [
+        "a1",
+        "b1",
+    ]
+
+
+def test_the_sql_can_be_read_beforehand(minion):
+    text = minion.call("slmdb_migration.sql")
+    assert text.index("ALTER TABLE nodes ADD region") < text.index("CREATE TABLE heartbeats")
+    assert tables(minion) == set()
+    assert apply(minion)["result"] is True
+    assert minion.call("slmdb_migration.sql") == ""
+
+
+def test_alembic_before_initialize_is_impossible(minion):
+    answer = None
+    try:
+        answer = minion.call("slmdb_alembic.alembic", ["upgrade", "head"], 60)
+    except Exception as err:
+        assert "Alembic does not run before the backend's initialize()" in str(err)
+    assert answer is None
+    assert tables(minion) == set()
+
+
+@pytest.mark.parametrize("given", ["/bin/true", "/bin/false", "venv/bin/python -c pass"])
+def test_an_initialize_that_makes_no_tables_ends_the_migration(minion, given):
+    pillar = {"slm_database": {**APPROVED["slm_database"], "migration": {"initialize": given}}}
+    minion.tell(pillar)
+    assert "nothing was migrated" in refused(minion)
+    assert tables(minion) == set()
+
+
+def test_the_backend_gets_its_environment_and_is_not_root(minion):
+    backend.add(
+        "e1",
+        "d1",
+        "Who am I",
+        "who = f\"{os.geteuid()} {os.environ['USER']} {os.getcwd()}\"",
+        "op.execute(f\"COMMENT ON TABLE nodes IS '{who}'\")",
+    )
+    assert apply(minion)["result"] is True
+    row = query(minion, "SELECT obj_description('nodes'::regclass) AS said")[0]
+    identity, name, directory = row["said"].split()
+    assert identity != "0"
+    assert (name, directory) == (backend.USER, str(backend.DIRECTORY))
+
+
+def test_a_target_that_is_not_the_head(minion):
+    assert apply(minion, target="b1")["result"] is True
+    assert current(minion) == ["b1"]
+    assert apply(minion, target="b1")["changes"] == {}
+    assert apply(minion)["result"] is True
+    assert current(minion) == ["d1"]
+
+
+def test_a_step_is_for_a_command_not_for_a_state(minion):
+    assert "is a step, not a place" in refused(minion, target="+1")
+    assert minion.call("slmdb_migration.apply", "+1")["to"] == ["a1"]
+    assert minion.call("slmdb_migration.apply", "+1")["to"] == ["b1"]
+
+
+def test_several_heads(minion):
+    backend.add("e1", "d1", "One way", sql("SELECT 1"))
+    backend.add("e2", "d1", "Another way", sql("SELECT 2"))
+    line = refused(minion)
+    assert "head is ambiguous, the history has 2 heads: e1, e2" in line
+    assert tables(minion) == set()
+    assert apply(minion, target="heads")["result"] is True
+    assert current(minion) == ["e1", "e2"]
+
+
+def test_a_revision_that_the_code_does_not_know(minion):
+    assert apply(minion)["result"] is True
+    execute(minion, "UPDATE alembic_version SET version_num = 'f00'")
+    assert "revision f00, which the backend's code does not know" in refused(minion)
+
+
+def test_a_downgrade_is_refused(minion):
+    assert apply(minion)["result"] is True
+    assert "a1 is behind d1" in refused(minion, target="a1")
+    assert current(minion) == ["d1"]
+
+
+def test_an_unknown_target_is_refused(minion):
+    assert "slm_database:migration:target: nowhere" in refused(minion, target="nowhere")
+
+
+def test_a_failing_migration_leaves_the_database_where_it_was(minion):
+    assert apply(minion)["result"] is True
+    backend.add("e1", "d1", "Fails", sql("CREATE TABLE half (id int)"), sql("SELECT 1/0"))
+    line = refused(minion)
+    assert "division by zero" in line
+    assert "The database is where it was: d1." in line
+    assert "half" not in tables(minion)
+
+
+def test_a_failing_migration_shows_no_secret(minion):
+    assert apply(minion)["result"] is True
+    backend.add("e1", "d1", "Tells", 'raise ValueError(os.environ["SLM_DATABASE_URL"])')
+    line = refused(minion)
+    assert "ValueError: " in line
+    with open("/etc/autobot/slm-secrets.env", encoding="utf-8") as stream:
+        password = stream.read().split("SLM_DB_PASSWORD=")[1].splitlines()[0].strip("\"'")
+    assert password not in line
+    assert "postgresql+asyncpg://autobot_slm:" + password not in line
+
+
+def test_a_migration_that_partly_committed(minion):
+    backend.add("e1", "d1", "Works", sql("CREATE TABLE whole (id int)"))
+    backend.add("f1", "e1", "Fails", sql("SELECT 1/0"))
+    line = refused(minion)
+    assert "It partly committed: the database went from no revision to e1, not to f1." in line
+    assert current(minion) == ["e1"]
+
+
+def test_a_part_that_was_committed_outside_the_transaction(minion):
+    assert apply(minion)["result"] is True
+    backend.add(
+        "e1",
+        "d1",
+        "Escapes",
+        "with op.get_context().autocommit_block():",
+        "    op.execute('CREATE TABLE escaped (id int)')",
+        sql("SELECT 1/0"),
+    )
+    line = refused(minion)
+    assert "The database is at d1 as before, but its tables changed" in line
+
+
+def test_a_lock_held_by_somebody_names_him_and_leaves_him_alone(minion):
+    minion.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"lock_timeout": 1}}})
+    assert apply(minion, target="b1")["result"] is True
+    holder = minion.call("slmdb_server.connect", "autobot_slm", application_name="somebody")
+    with holder.cursor() as cursor:
+        cursor.execute("LOCK TABLE trace_spans; SELECT pg_backend_pid()")
+        pid = cursor.fetchone()[0]
+        line = refused(minion)
+        cursor.execute("SELECT 1")
+        assert cursor.fetchone() == (1,)
+    holder.close()
+    assert "lock timeout" in line
+    assert f"It waited for process {pid} of user postgres" in line
+    assert "somebody" in line
+    assert apply(minion)["result"] is True
+
+
+def test_a_migration_that_takes_too_long_is_ended(minion):
+    assert apply(minion)["result"] is True
+    minion.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"timeout": 3}}})
+    backend.add("e1", "d1", "Sleeps", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(99)"))
+    line = refused(minion)
+    assert "took longer than 3 s" in line
+    assert "The database is where it was: d1." in line
+    rows = query(
+        minion,
+        "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%pg_sleep(99)%' "
+        "AND pid <> pg_backend_pid()",
+    )
+    assert rows == []
+
+
+def test_a_second_migration_at_the_same_time_is_refused(minion):
+    assert apply(minion)["result"] is True
+    backend.add("e1", "d1", "Slow", sql("SELECT pg_sleep(4)"))
+    command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
+    command += ["-c", str(minion.directory), "--log-level=quiet", "slmdb_migration.apply"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    seen = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'slmdb_migration'"
+    for _ in range(300):
+        if query(minion, seen):
+            break
+        time.sleep(0.1)
+    assert "Another migration of this database runs" in refused(minion)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output
+    assert current(minion) == ["e1"]
+
+
+def test_a_run_that_was_killed_can_be_repeated(minion):
+    assert apply(minion)["result"] is True
+    backend.add("e1", "d1", "Slow", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(3)"))
+    command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
+    command += ["-c", str(minion.directory), "--log-level=quiet", "slmdb_migration.apply"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seen = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'slmdb_migration'"
+    for _ in range(300):
+        if query(minion, seen):
+            break
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    # What the killed run had started still works: that is said, and waited for.
+    assert "Another migration of this database runs" in refused(minion)
+    for _ in range(300):
+        if not query(minion, seen):
+            break
+        time.sleep(0.1)
+    assert apply(minion)["result"] is True
+    assert current(minion) == ["e1"]
+
+
+def test_without_a_window_or_an_approval_nothing_changes(minion):
+    assert apply(minion, target="a1")["result"] is True
+    minion.tell(None)
+    line = refused(minion)
+    assert "A schema change needs a window or an approval" in line
+    assert "slm_database:maintenance:approve" in line
+    assert current(minion) == ["a1"]
+    assert apply(minion, test=True)["result"] is None
+
+
+def test_the_first_tables_of_an_empty_database_need_no_window(minion):
+    minion.tell(None)
+    answer = apply(minion)
+    assert answer["result"] is True, answer["comment"]
+    assert "Permitted: the database is empty." in answer["comment"]
+
+
+def test_migrations_that_the_backend_tracks_itself_are_left_to_it(minion):
+    for name in backend.TABLES:
+        execute(minion, f"CREATE TABLE {name} (id int)")
+    execute(minion, "CREATE TABLE migrations_applied (name text, applied_at timestamptz)")
+    execute(minion, "INSERT INTO migrations_applied VALUES ('0007_slo', now())")
+    answer = apply(minion)
+    assert (answer["result"], answer["changes"]) == (True, {})
+    assert (
+        "migrations_applied, kept by the backend, has 1, the last is 0007_slo" in answer["comment"]
+    )
+    assert "alembic_version" not in tables(minion)
+
+
+def test_what_is_in_the_way_is_named(minion):
+    venv = backend.DIRECTORY / "venv"
+    venv.unlink()
+    assert "has no virtual environment" in refused(minion)
+    (venv / "bin").mkdir(parents=True)
+    assert "The virtual environment is broken" in refused(minion)
+    (venv / "bin/python").symlink_to("/usr/bin/python3")
+    assert "Alembic is not installed in it" in refused(minion)
+    (backend.DIRECTORY / "alembic.ini").unlink()
+    assert "has no Alembic project" in refused(minion)
+    backend.remove()
+    assert "The backend is not deployed" in refused(minion)
+    assert tables(minion) == set()
+
+
+def test_a_stopped_server_is_a_plain_answer(minion):
+    minion.call("slmdb_service.stop")
+    try:
+        assert minion.call("slmdb_migration.plan")["refused"]
+        assert apply(minion)["result"] is False
+    finally:
+        minion.call("slmdb_service.start")
+
+
+def test_no_thread_is_left(minion):
+    before = threading.active_count()
+    assert apply(minion)["result"] is True
+    assert threading.active_count() == before
