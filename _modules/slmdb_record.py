@@ -7,12 +7,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import time
 
 __virtualname__ = "slmdb_record"
 
-PATH = "/var/lib/autobot-slm-database/settings.json"
-INSTALLED = "/var/lib/autobot-slm-database/installed"
+DIRECTORY = "/var/lib/autobot-slm-database"
+PATH = f"{DIRECTORY}/settings.json"
+INSTALLED = f"{DIRECTORY}/installed"
 
 
 def __virtual__() -> str:
@@ -75,15 +77,12 @@ def leftovers() -> dict:
     Returns ``{what: {"old": …, "new": …}}``, empty if there is nothing to undo. Raises
     ``CommandExecutionError`` if a file cannot be read.
     """
-    changes = {}
-    for path in (PATH, INSTALLED):
-        changes.update(__salt__["slmdb_file.differences"](path, None))
-    return changes
+    return {path: {"old": "present", "new": "absent"} for path in _state_files()}
 
 
 def remove() -> None:
     """
-    Forget what the last apply was told.
+    Forget what the formula remembered of this host: settings, first install, last good files.
 
     CLI Example:
 
@@ -93,8 +92,20 @@ def remove() -> None:
 
     Returns nothing. Raises ``CommandExecutionError`` if a file cannot be removed.
     """
-    for path in (PATH, INSTALLED):
-        __salt__["slmdb_file.remove"](path)
+    for path in _state_files():
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            __salt__["slmdb_file.remove"](path)
+
+
+def _state_files() -> list[str]:
+    """All that the formula remembers; the Salt of bin/apply lives beside it and stays."""
+    try:
+        names = sorted(os.listdir(DIRECTORY))
+    except FileNotFoundError:
+        return []
+    return [f"{DIRECTORY}/{name}" for name in names if name != "salt"]
 
 
 def kept() -> list[str]:

@@ -13,4 +13,5 @@ include:
   - slm_database.policy.clean
   - slm_database.package.clean
   - slm_database.record.clean
+  - slm_database.backup.clean
   - slm_database.kept

@@ -15,4 +15,5 @@ include:
   - slm_database.database
   - slm_database.backend
   - slm_database.access.verified
+  - slm_database.backup
   - slm_database.record

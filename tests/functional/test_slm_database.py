@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +76,78 @@ def test_health_is_good_after_an_apply(applied):
     report = applied.call("slmdb.health")
     assert (report["healthy"], report["problems"]) == (True, [])
     json.dumps(report)
+
+
+def test_clean_keeps_data_roles_and_secret_and_names_them(applied):
+    """Without keys everything else is undone; a new apply takes up what was kept."""
+    secret = Path("/etc/autobot/slm-secrets.env").read_bytes()
+    announced = apply(applied, "slm_database.clean", test=True)
+    cleaned = apply(applied, "slm_database.clean")
+    assert failures(cleaned) == {}
+    assert changed(cleaned) == changed(announced) != set()
+    kept = cleaned["What was kept is named"]["comment"]
+    for word in (
+        "instance 15/main",
+        "role autobot_slm",
+        "/etc/autobot/slm-secrets.env",
+        "packages",
+    ):
+        assert word in kept
+    assert changed(apply(applied, "slm_database.clean")) == set()
+    assert not Path("/etc/postgresql/15/main/conf.d/50-autobot-slm.conf").exists()
+    assert not Path("/var/lib/autobot-slm-database/settings.json").exists()
+    assert failures(apply(applied)) == {}
+    assert Path("/etc/autobot/slm-secrets.env").read_bytes() == secret
+    assert changed(apply(applied)) == set()
+
+
+def test_clean_gives_up_what_pillar_names(applied, minions):
+    """A key per thing: with all of them nothing of the database is left."""
+    minion = minions({"slm_database": {"clean": {"data": True, "role": True, "secret": True}}})
+    cleaned = apply(minion, "slm_database.clean")
+    assert failures(cleaned) == {}
+    assert not Path("/etc/postgresql/15/main").exists()
+    assert not Path("/var/lib/postgresql/15/main").exists()
+    assert not Path("/etc/autobot/slm-secrets.env").exists()
+
+
+def test_clean_spares_an_instance_with_somebody_else_s_data(applied, minions):
+    """A database that the formula does not know is reason enough to keep the instance."""
+    applied.call("slmdb_server.execute", "CREATE DATABASE precious")
+    minion = minions({"slm_database": {"clean": {"data": True}}})
+    cleaned = apply(minion, "slm_database.clean")
+    assert failures(cleaned) == {}
+    assert list(minion.call("slmdb_database.read", ["precious", "autobot_slm"])) == ["precious"]
+
+
+def test_a_wrong_pillar_touches_nothing(host, minions):
+    """Every mistake is named at once, and the host is byte for byte as before."""
+    before = fingerprint()
+    minion = minions(
+        {"slm_database": {"port": 70000, "rolle": "x", "hba": {"preset": "open"}, "version": []}}
+    )
+    states = apply(minion)
+    comment = states["The pillar is valid"]["comment"]
+    for key in ("slm_database:port", "slm_database:rolle", "slm_database:hba:preset", "version"):
+        assert key in comment
+    assert len(failures(states)) == len(states) - 1
+    assert fingerprint() == before
+
+
+def fingerprint() -> dict:
+    """Path to content and owner of everything that the formula could touch."""
+    found = {}
+    for top in ("/etc", "/var/lib/postgresql", "/var/lib/autobot-slm-database"):
+        for path in sorted(Path(top).rglob("*")):
+            status = path.lstat()
+            content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+            found[str(path)] = (status.st_mode, status.st_uid, status.st_gid, content)
+    return found
+
+
+def test_each_component_can_be_applied_alone(applied):
+    """On a host that is as it should be, no component changes anything."""
+    names = "package policy instance config access service role secret database backend record"
+    for sls in names.split():
+        states = apply(applied, f"slm_database.{sls}")
+        assert (sls, failures(states), changed(states)) == (sls, {}, set())
