@@ -60,6 +60,8 @@ def test_what_test_mode_announces_is_what_changes(host):
     made = apply(host)
     assert failures(made) == {}
     assert changed(made) == changed(announced)
+    for unit in ("Our unit is what starts the instance", "The backend's unit knows its database"):
+        assert made[unit]["comment"] == "Skipped: systemd does not run this host."
     assert changed(apply(host)) == set()
     assert changed(apply(host, test=True)) == set()
 
