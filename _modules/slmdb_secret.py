@@ -118,6 +118,7 @@ def _apply(want: dict[str, Any]) -> None:
             f"role {want['role']} does not exist: create it, then its password is made"
         )
     with store.locked():
+        __salt__["slmdb_verifier.settle"]()
         plan = __salt__["slmdb_secret_plan.plan"](want, store)
         _make_group(want["group"])
         for _ in range(2):  # what was interrupted, then what is supplied
@@ -175,6 +176,7 @@ def rotate(dry_run: bool = False, role: str | None = None) -> dict[str, Any]:
         plan = __salt__["slmdb_secret_plan.plan"](want, store)
         return __salt__["slmdb_secret_rotation.preview"](plan)
     with store.locked():
+        __salt__["slmdb_verifier.settle"]()
         plan = __salt__["slmdb_secret_plan.plan"](want, store)
         if plan.rotation:
             report = _settle(plan)

@@ -14,6 +14,7 @@ import hmac
 import os
 import re
 import stringprep
+import time
 import unicodedata
 from collections.abc import Callable
 
@@ -25,6 +26,9 @@ _SCRAM = re.compile(
     r"SCRAM-SHA-256\$(\d+):([A-Za-z0-9+/=]+)\$([A-Za-z0-9+/=]+):([A-Za-z0-9+/=]+)\Z"
 )
 _ITERATIONS = 4096
+_SETTER = "slmdb secret"
+_SETTERS = "SELECT pid FROM pg_catalog.pg_stat_activity WHERE application_name = %s"
+_PATIENCE = 10
 _QUIET = (
     "SET LOCAL log_statement = 'none'",
     "SET LOCAL log_min_duration_statement = -1",
@@ -218,15 +222,50 @@ def put(role: str, password: str) -> None:
     from psycopg2 import sql
 
     if not _stored(role):
-        raise CommandExecutionError(
-            f"role {role} does not exist: create it before its password is set"
-        )
+        raise CommandExecutionError(f"role {role} does not exist: create it before its password")
     shown = __salt__["slmdb_server.query"](
         "SELECT current_setting('scram_iterations', true) AS iterations"
     )
     verifier = make(password, int(shown[0]["iterations"] or _ITERATIONS))
     alter = sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), sql.Literal(verifier))
-    __salt__["slmdb_server.execute"]([*((text, None) for text in _QUIET), (alter, None)])
+    _alone([*_QUIET, alter])
+
+
+def _alone(statements: list) -> None:
+    """Run statements in one transaction of a session that others can tell by its name."""
+    import psycopg2
+
+    connection = __salt__["slmdb_server.connect"](application_name=_SETTER)
+    try:
+        with connection, connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+    except psycopg2.Error as err:
+        said = err.diag.message_primary or type(err).__name__
+        raise CommandExecutionError(f"the password could not be set: {said}") from None
+    finally:
+        connection.close()
+
+
+def settle() -> None:
+    """
+    Wait until no session is left that sets a password: one of a killed run may still commit.
+
+    Returns nothing. Raises ``CommandExecutionError`` if one stays.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_verifier.settle
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while __salt__["slmdb_server.query"](_SETTERS, (_SETTER,)):
+        if time.monotonic() > deadline:
+            raise CommandExecutionError(
+                f"another session sets a password since {_PATIENCE} s: see pg_stat_activity"
+            )
+        time.sleep(0.02)
 
 
 def login(
