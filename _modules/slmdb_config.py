@@ -409,6 +409,8 @@ def load(paths: list[str]) -> None:
             __salt__["slmdb_service.reload"]()
             again = time.monotonic() + 2
         time.sleep(0.05)
+    # A session that is older than the reload keeps some settings (log_connections, say) for life.
+    __salt__["slmdb_server.forget"]()
 
 
 def _look(found: dict[str, Any]) -> None:

@@ -153,3 +153,12 @@ def test_each_component_can_be_applied_alone(applied):
     for sls in names.split():
         states = apply(applied, f"slm_database.{sls}")
         assert (sls, failures(states), changed(states)) == (sls, {}, set())
+
+
+def test_settings_that_only_new_sessions_get(applied, minions):
+    """log_connections stays what it was in an older session: the run must not judge by its own."""
+    minion = minions({"slm_database": {"settings": {"log_connections": True}}})
+    states = apply(minion)
+    assert failures(states) == {}
+    assert changed(states) == {"The configuration is applied", "The settings are recorded"}
+    assert minion.call("slmdb_server.query", "SHOW log_connections")[0]["log_connections"] == "on"
