@@ -1,0 +1,100 @@
+"""bin/apply and bin/salt-call: what they pass on, what they use, what they leave alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support import host as hosts
+from tests.support.host import FORMULA
+
+OTHER = """
+def told():
+    return "another formula"
+"""
+FAILS = """
+This fails:
+  test.{{ "succeed" if pillar.get("fine") else "fail" }}_without_changes: []
+"""
+
+
+@pytest.fixture(scope="module")
+def host(boot):
+    """A host with our Salt at hand, and a formula of somebody else's."""
+    made = boot(hosts.prepared("trixie"))
+    made.push_formula()
+    made.write("/srv/other/_modules/other.py", OTHER)
+    made.write("/srv/other/slm_database/init.sls", FAILS)
+    yield made
+    made.close()
+
+
+def salt_call(host, *words):
+    """What a function returns, called through bin/salt-call."""
+    answer = host.run([f"{FORMULA}/bin/salt-call", "--out=json", *words])
+    return json.loads(answer.stdout)["local"]
+
+
+def test_the_callers_root_wins(host):
+    """Modules and states come from the caller's --file-root, in both spellings."""
+    assert salt_call(host, "--file-root=/srv/other", "other.told") == "another formula"
+    assert salt_call(host, "--file-root", "/srv/other", "other.told") == "another formula"
+    assert salt_call(host, "slmdb_pillar.get", "port") == 5432
+
+
+def test_options_and_arguments_are_passed_on(host):
+    """Salt's log level, output and the arguments of state.apply are the caller's."""
+    command = f"{FORMULA}/bin/apply --file-root=/srv/other test=True"
+    talk = host.run(f"{command} -l debug --out json", check=False)
+    assert "[DEBUG" in talk.stderr
+    (state,) = json.loads(talk.stdout)["local"].values()
+    assert state["__id__"] == "This fails"
+    host.run(f"{command} pillar='{{fine: true}}'")
+
+
+def test_a_failed_state_is_a_failed_command(host):
+    """The exit status tells, with test=True as well; the state is named while it runs."""
+    for arguments in ("", "test=True"):
+        answer = host.run(f"{FORMULA}/bin/apply --file-root=/srv/other {arguments}", check=False)
+        assert answer.returncode != 0
+        assert "    This fails" in answer.stderr.splitlines()
+
+
+def test_the_environment_does_not_matter(host):
+    """No HOME, no locale, an ignored SIGHUP, another directory, a link: the same."""
+    host.run(f"ln -sf {FORMULA}/bin/salt-call /usr/local/sbin/formula")
+    bare = "cd /tmp && trap '' HUP && env -i /usr/local/sbin/formula --out=json test.echo 'ü x'"
+    assert json.loads(host.run(bare).stdout) == {"local": "ü x"}
+
+
+def test_only_root_may(host):
+    """One line says what to do."""
+    answer = host.run(f"setpriv --reuid=65534 {FORMULA}/bin/apply", check=False)
+    assert answer.returncode != 0
+    assert answer.stderr.strip() == f"apply: must run as root: sudo {FORMULA}/bin/apply"
+
+
+def test_an_installed_salt_is_used_and_left_alone(host):
+    """Its version, id, grains and pillar count; its cache and configuration are not touched."""
+    host.run("cp -a /opt/autobot-slm-database/salt-* /opt/theirs && rm -rf /opt/theirs/.complete")
+    host.write(
+        "/usr/local/bin/salt-call",
+        '#!/bin/sh\nexec /opt/theirs/bin/python3 /opt/theirs/bin/salt-call "$@"\n',
+    )
+    host.run("chmod 755 /usr/local/bin/salt-call && mkdir -p /var/cache/salt/minion/extmods")
+    host.write("/etc/salt/minion", "id: somebody\npillar_roots: {base: [/srv/theirs]}\n")
+    host.write("/etc/salt/minion.d/own.conf", "file_client: remote\ngrains: {site: north}\n")
+    host.write("/etc/salt/grains", "rack: 4\n")
+    host.write("/srv/theirs/top.sls", "base: {somebody: [settings]}\n")
+    host.write("/srv/theirs/settings.sls", "slm_database: {port: 5499}\n")
+    before = host.snapshot("/etc/salt", "/var/cache/salt")
+    try:
+        grains = salt_call(host, "grains.item", "id", "site", "rack", "pythonexecutable")
+        assert grains.pop("pythonexecutable").startswith("/opt/theirs/")
+        assert grains == {"id": "somebody", "site": "north", "rack": 4}
+        assert salt_call(host, "slmdb_pillar.get", "port") == 5499
+        host.run(f"{FORMULA}/bin/apply test=True")
+        assert host.snapshot("/etc/salt", "/var/cache/salt") == before
+    finally:
+        host.run("rm -rf /usr/local/bin/salt-call /etc/salt /opt/theirs")
