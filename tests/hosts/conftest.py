@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from tests.support import host as hosts
-from tests.support import image
 from tests.support.network import Switch
 
 RELEASES = ["bookworm", "trixie"]
@@ -16,7 +15,6 @@ RELEASES = ["bookworm", "trixie"]
 @pytest.fixture(scope="session")
 def switch():
     """Everything that is booted, and its neighbours, are plugged into one switch."""
-    hosts.sweep()
     made = Switch()
     yield made
     made.close()
@@ -38,7 +36,7 @@ def boot(switch):
 
 
 @pytest.fixture(scope="session")
-def applied_layers(boot, tmp_path_factory):
+def applied_layers(boot):
     """Apply the formula once per release: the layer that other hosts start from."""
     kept = []
     layers = {}
@@ -50,7 +48,7 @@ def applied_layers(boot, tmp_path_factory):
             try:
                 host.run(f"{host.push_formula()}/bin/apply", timeout=600)
                 host.stop()
-                upper = image.CACHE / "hosts" / f"{host.name}-applied"
+                upper = hosts.workspace() / f"{host.name}-applied"
                 (host.directory / "upper").rename(upper)
                 kept.append((upper, hosts.hold(upper)))
             finally:

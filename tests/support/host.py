@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
+import functools
+import inspect
 import os
 import shlex
 import shutil
@@ -23,6 +26,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_OURS = ["/opt/autobot-slm-database", "/var/cache/autobot-slm-database"]
 NOT_OURS += ["/var/lib/autobot-slm-database/salt", "/var/log/autobot-slm-database"]
 NOT_OURS += ["/var/log/journal", "/var/lib/systemd", "/var/tmp/systemd-private-*", "/srv"]
+ENOUGH_MEMORY = 6 * 1024 * 1024  # KiB
+_CLONE_NEWNS = 0x20000
 _START = 'mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root"'
 
 
@@ -213,9 +218,9 @@ class Host:
 def prepared(release):
     """Return the layers of a host that has Salt and the packages at hand, but no database."""
     base = image.bare(release)
-    recipe = [CHECKOUT / "bin/_salt.sh", CHECKOUT / "bin/salt-call", Path(__file__)]
+    recipe = [CHECKOUT / "bin/_salt.sh", CHECKOUT / "bin/salt-call"]
     recipe += sorted((CHECKOUT / "requirements").glob("host-*.txt"))
-    inputs = [base.name, *(file.read_text() for file in recipe)]
+    inputs = [base.name, inspect.getsource(_prepare), *(file.read_text() for file in recipe)]
     return [image.cached(f"{release}-prepared", inputs, lambda to: _prepare(base, to)), base]
 
 
@@ -228,15 +233,36 @@ def _prepare(base, wanted):
         host.run("apt-get -q update && apt-get -qy --download-only install postgresql", timeout=600)
         host.run(f"rm -rf {FORMULA} /var/log/journal /etc/machine-id; touch /etc/machine-id")
         host.stop()
-        (host.directory / "upper").rename(wanted)
+        subprocess.run(["cp", "-a", str(host.directory / "upper"), str(wanted)], check=True)
     finally:
         host.close()
         switch.close()
 
 
-def sweep():
+@functools.cache
+def workspace():
+    """
+    Return where this process keeps what its hosts write.
+
+    With enough memory that is a file system in memory, which only this process and its children
+    see: fast, and gone with them. Otherwise it is a directory on disk.
+    """
+    directory = image.CACHE / "hosts"
+    directory.mkdir(parents=True, exist_ok=True)
+    _sweep(directory)
+    available = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+    if int(available) > ENOUGH_MEMORY:
+        library = ctypes.CDLL(None, use_errno=True)
+        if library.unshare(_CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), "unshare")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "hosts", directory], check=True)
+    return directory
+
+
+def _sweep(workspace):
     """Remove what killed runs left: a directory whose lock nobody holds."""
-    for lock in sorted((image.CACHE / "hosts").glob("*.lock")):
+    for lock in sorted(workspace.glob("*.lock")):
         with lock.open() as handle, contextlib.suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
@@ -260,8 +286,7 @@ def _without(paths):
 
 def _scratch(name):
     """Make the directory of a host, and hold its lock."""
-    directory = image.CACHE / "hosts" / name
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory = workspace() / name
     lock = hold(directory)
     directory.mkdir()
     return directory, lock
