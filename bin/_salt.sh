@@ -80,6 +80,12 @@ build_salt() {
     die "installing Salt failed; see above"
   sync -f "$directory"
   touch "$directory/.complete"
+  # The one of before stays: somebody may be using it right now.
+  local old former
+  former=$(readlink "$PREFIX/salt" || true)
+  for old in "$PREFIX"/salt-*; do
+    if [ "$old" != "$directory" ] && [ "$old" != "$former" ]; then rm -rf "$old"; fi
+  done
 }
 
 # Prints the salt-call of this checkout's own Salt, installed now if need be.
