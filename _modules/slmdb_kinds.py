@@ -10,6 +10,7 @@ import ipaddress
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -152,6 +153,13 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.strip() != "" and value.isprintable()
 
 
+def _is_command(value: Any) -> bool:
+    try:
+        return _is_text(value) and bool(shlex.split(value))
+    except ValueError:
+        return False
+
+
 _NAME = (
     "1 to 63 bytes of printable characters without quotes or backslashes, no space at either end"
 )
@@ -165,6 +173,11 @@ _KINDS: dict[str, _Kind] = {
     "amount": _Kind("in range", "a number from {} to {}", _is_amount),
     "boolean": _Kind("a boolean", "true or false", lambda value: isinstance(value, bool)),
     "choice": _Kind("one of the choices", "", _is_choice),
+    "command": _Kind(
+        "a command",
+        "one line of words, quoted as in a shell, without a shell's operators",
+        _is_command,
+    ),
     "component": _Kind(
         "a repository component", "such as main or main 17", _matches(r"[a-z0-9.-]+( [a-z0-9.-]+)*")
     ),
@@ -228,6 +241,11 @@ _KINDS: dict[str, _Kind] = {
         "an absolute path",
         "a path that begins with /, without .., spaces, quotes and wildcards",
         _is_path,
+    ),
+    "moment": _Kind(
+        "a time of the week",
+        'such as "Sun 01:30", "Mon-Sat 01:30" or "daily 02:30"',
+        _matches(rf"(?:{_DAY}(?:[,-]{_DAY})*|daily) {_TIME}"),
     ),
     "pillar_key": _Kind(
         "the name of a pillar key",

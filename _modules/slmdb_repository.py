@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ SOURCE = "/etc/apt/sources.list.d/autobot-slm-pgdg.sources"
 KEYRING = "/etc/apt/keyrings/autobot-slm-pgdg.gpg"
 LISTS = "/var/lib/apt/lists"
 PRIMARY_KEY = 6
+# What apt may call a warning and end with exit status 0.
+REFUSALS = ("GPG error", "OpenPGP signature", "Failed to fetch", "is not signed")
 
 
 def __virtual__() -> str:
@@ -267,10 +270,11 @@ def _candidate(package: str, options: list[str]) -> bool:
 def _update(source: str, lists: str) -> None:
     """Fetch one source's lists; apt verifies them against the pinned key."""
     answer = _run("apt-get", *_apt_options(source, lists), "update")
-    said = f"{answer['stderr']}\n{answer['stdout']}".splitlines()
-    refused = [line[3:] for line in said if line.startswith(("W: ", "E: "))]
-    if answer["retcode"] or any("GPG error" in line for line in refused):
-        line = (refused or ["apt-get update failed"])[0]
+    said = f"{answer['stderr']}\n{answer['stdout']}"
+    warned = re.findall(r"^(?:[WE]|Warning|Error): +(.*)", said, re.MULTILINE)
+    refused = [line for line in warned if any(word in line for word in REFUSALS)]
+    if answer["retcode"] or refused:
+        line = [*refused, *warned, "apt-get update failed"][0]
         raise CommandExecutionError(f"slm_database:pgdg: {line}")
 
 

@@ -23,7 +23,15 @@ from typing import Any
 __virtualname__ = "slmdb_schema"
 
 TOP = "slm_database"
-HIDDEN_KINDS = {"environment_key", "option_value", "pillar_key", "setting_value", "text", "uri"}
+HIDDEN_KINDS = {
+    "command",
+    "environment_key",
+    "option_value",
+    "pillar_key",
+    "setting_value",
+    "text",
+    "uri",
+}
 HIDDEN_BELOW = {"adopt", "roles", "secret", "settings"}
 SECRET_WORD = re.compile(r"pass(w|phrase|$)|pw$|secret|token|credential", re.IGNORECASE)
 SECRET_OPTIONS = {"ldapbindpasswd", "radiussecrets"}
@@ -145,8 +153,8 @@ SCHEMA: dict[str, Any] = {
         "user": ("null", "user"),
         "timeout": ("integer", 1, 86400),
         "lock_timeout": ("integer", 1, 3600),
-        "initialize": ("null", "text"),
-        "alembic": ("null", "text"),
+        "initialize": ("null", "command"),
+        "alembic": ("null", "command"),
     },
     "maintenance": {
         "policy": ("choice", "manual", "window", "auto"),

@@ -115,7 +115,7 @@ def test_another_fingerprint_is_refused(host, key, stranger):
 def test_a_repository_signed_by_a_stranger_is_refused(host, stranger):
     """The pinned key is there, the signature is not by it."""
     apt.publish(Path("/srv/pgdg"), stranger, ["postgresql-15"])
-    _refused(host(), "slm_database:pgdg", "GPG error")
+    _refused(host(), "slm_database:pgdg")
 
 
 def test_a_changed_index_is_refused(host):
@@ -130,7 +130,7 @@ def test_an_expired_key_is_refused(host):
     for key in _made("expired", made=-10, expires=5):
         Path("/srv/key.asc").write_bytes(key.public())
         apt.publish(Path("/srv/pgdg"), key, ["postgresql-15"])
-        _refused(host(fingerprint=key.fingerprint), "slm_database:pgdg", "GPG error")
+        _refused(host(fingerprint=key.fingerprint), "slm_database:pgdg")
 
 
 def test_a_missing_key_file_is_refused(host):

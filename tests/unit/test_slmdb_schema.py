@@ -221,6 +221,7 @@ WRONG = [
     ({"maintenance": {"windows": ["Sonntag"]}}, "maintenance:windows:0", '"Sonntag"', "Sun 02:00"),
     ({"maintenance": {"windows": [{}]}}, "maintenance:windows:0:rrule", "missing", ""),
     ({"maintenance": {"policy": False}}, "maintenance:policy", "false", "manual, window"),
+    ({"migration": {"initialize": "a 'b"}}, "migration:initialize", "text", "a command"),
     ({"health": {"timeout": 0}}, "health:timeout", "0", "0.1 to 60"),
     ({"backend": {"unit": "x.service"}}, "backend:unit", '"x.service"', "without .service"),
     ({"clean": {"data": "no"}}, "clean:data", '"no"', "true or false"),
