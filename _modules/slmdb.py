@@ -151,7 +151,7 @@ def settings() -> dict[str, Any]:
 
 def pending() -> dict[str, Any]:
     """
-    List what waits for a window: restarts with their settings, and migrations.
+    List everything that waits for somebody to mean it, and what will have to be done one day.
 
     CLI Example:
 
@@ -159,11 +159,8 @@ def pending() -> dict[str, Any]:
 
         salt '*.19' slmdb.pending
 
-    Returns ``restart`` (each with ``name``, ``old``, ``new`` and ``since``) and ``migrations``
-    (each with ``revision`` and ``message``). Raises ``CommandExecutionError`` if the server cannot
-    be asked.
+    Returns what ``slmdb_pending.report`` does: ``restart`` (each with ``name``, ``old``, ``new`` and
+    ``since``), ``packages``, ``migrations`` (each with ``revision`` and ``message``), ``collations``
+    and ``end_of_life``. Raises ``CommandExecutionError`` if the server cannot be asked.
     """
-    return {
-        "restart": __salt__["slmdb_config.pending"](),
-        "migrations": __salt__["slmdb_migration.revision"]()["waiting"],
-    }
+    return __salt__["slmdb_pending.report"]()
