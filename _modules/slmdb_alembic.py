@@ -42,8 +42,12 @@ def history(script):
             "order": list(revisions), "paths": sorted({os.path.abspath(p) for p in paths})}
 def steps(script, target, *current):
     between = list(script.iterate_revisions(target, current, implicit_base=True))
-    known = {"head": script.get_heads(), "heads": script.get_heads()}
-    targets = known.get(target) or [r.revision for r in script.get_revisions(target) if r]
+    if target in ("head", "heads"):
+        targets = script.get_heads()
+    elif target.startswith("+"):
+        targets = [r.revision for r in between[:1]] or current
+    else:
+        targets = [r.revision for r in script.get_revisions(target) if r]
     return {"steps": [{"revision": r.revision, "message": message(r)} for r in between[::-1]],
             "targets": sorted(targets)}
 try:
@@ -431,7 +435,14 @@ def steps(target: str, current: list[str], timeout: float = 30) -> dict[str, Any
     found = facts()
     if found["problem"]:
         raise CommandExecutionError(found["problem"])
-    return _ask(found, [target, *current], timeout)
+    kept, question = _remembered(found), " ".join([target, *sorted(current)])
+    given = (kept or {}).get("steps", {}).get(question)
+    if given is None:
+        given = _ask(found, [target, *current], timeout)
+        if kept:
+            kept.setdefault("steps", {})[question] = given
+            _remember(found, kept, kept["state"])
+    return given
 
 
 def graph(timeout: float = 30) -> dict[str, Any]:

@@ -41,13 +41,30 @@ def minion(applied, venv):
     applied.tell(None)
 
 
+@pytest.fixture
+def migrated(minion):
+    """That server with the database at the head."""
+    if not minion.call("slmdb_server.query", "SELECT 1 FROM pg_database WHERE datname = 'kept'"):
+        assert apply(minion)["result"] is True
+        copy(minion, "autobot_slm", "kept")
+    copy(minion, "kept", "autobot_slm")
+    return minion
+
+
+def copy(minion, source, target):
+    """Replace a database by a copy of another, whoever is connected to the two."""
+    minion.call("slmdb_server.forget")
+    for statement in (
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{source}'",
+        f"DROP DATABASE IF EXISTS {target} WITH (FORCE)",
+        f"CREATE DATABASE {target} TEMPLATE {source} OWNER autobot_slm",
+    ):
+        minion.call("slmdb_server.execute", statement)
+
+
 def empty(minion):
-    minion.call("slmdb_server.execute", EMPTY, database="autobot_slm")
-
-
-EMPTY = """
-DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION autobot_slm;
-"""
+    schema = "DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION autobot_slm"
+    minion.call("slmdb_server.execute", schema, database="autobot_slm")
 
 
 def execute(minion, statement):
@@ -89,9 +106,8 @@ def test_an_empty_database_is_initialized_then_migrated(minion):
     assert "d1, as the backend's code wants" in answer["comment"]
 
 
-def test_the_second_run_changes_nothing(minion):
-    assert apply(minion)["result"] is True
-    answer = apply(minion)
+def test_the_second_run_changes_nothing(migrated):
+    answer = apply(migrated)
     assert (answer["result"], answer["changes"]) == (True, {})
 
 
@@ -183,35 +199,31 @@ def test_several_heads(minion):
     assert current(minion) == ["e1", "e2"]
 
 
-def test_a_revision_that_the_code_does_not_know(minion):
-    assert apply(minion)["result"] is True
-    execute(minion, "UPDATE alembic_version SET version_num = 'f00'")
-    assert "revision f00, which the backend's code does not know" in refused(minion)
+def test_a_revision_that_the_code_does_not_know(migrated):
+    execute(migrated, "UPDATE alembic_version SET version_num = 'f00'")
+    assert "revision f00, which the backend's code does not know" in refused(migrated)
 
 
-def test_a_downgrade_is_refused(minion):
-    assert apply(minion)["result"] is True
-    assert "a1 is behind d1" in refused(minion, target="a1")
-    assert current(minion) == ["d1"]
+def test_a_downgrade_is_refused(migrated):
+    assert "a1 is behind d1" in refused(migrated, target="a1")
+    assert current(migrated) == ["d1"]
 
 
 def test_an_unknown_target_is_refused(minion):
     assert "slm_database:migration:target: nowhere" in refused(minion, target="nowhere")
 
 
-def test_a_failing_migration_leaves_the_database_where_it_was(minion):
-    assert apply(minion)["result"] is True
+def test_a_failing_migration_leaves_the_database_where_it_was(migrated):
     backend.add("e1", "d1", "Fails", sql("CREATE TABLE half (id int)"), sql("SELECT 1/0"))
-    line = refused(minion)
+    line = refused(migrated)
     assert "division by zero" in line
     assert "The database is where it was: d1." in line
-    assert "half" not in tables(minion)
+    assert "half" not in tables(migrated)
 
 
-def test_a_failing_migration_shows_no_secret(minion):
-    assert apply(minion)["result"] is True
+def test_a_failing_migration_shows_no_secret(migrated):
     backend.add("e1", "d1", "Tells", 'raise ValueError(os.environ["SLM_DATABASE_URL"])')
-    line = refused(minion)
+    line = refused(migrated)
     assert "ValueError: " in line
     with open("/etc/autobot/slm-secrets.env", encoding="utf-8") as stream:
         password = stream.read().split("SLM_DB_PASSWORD=")[1].splitlines()[0].strip("\"'")
@@ -227,8 +239,7 @@ def test_a_migration_that_partly_committed(minion):
     assert current(minion) == ["e1"]
 
 
-def test_a_part_that_was_committed_outside_the_transaction(minion):
-    assert apply(minion)["result"] is True
+def test_a_part_that_was_committed_outside_the_transaction(migrated):
     backend.add(
         "e1",
         "d1",
@@ -237,7 +248,7 @@ def test_a_part_that_was_committed_outside_the_transaction(minion):
         "    op.execute('CREATE TABLE escaped (id int)')",
         sql("SELECT 1/0"),
     )
-    line = refused(minion)
+    line = refused(migrated)
     assert "The database is at d1 as before, but its tables changed" in line
 
 
@@ -258,59 +269,56 @@ def test_a_lock_held_by_somebody_names_him_and_leaves_him_alone(minion):
     assert apply(minion)["result"] is True
 
 
-def test_a_migration_that_takes_too_long_is_ended(minion):
-    assert apply(minion)["result"] is True
-    minion.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"timeout": 3}}})
+def test_a_migration_that_takes_too_long_is_ended(migrated):
+    migrated.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"timeout": 3}}})
     backend.add("e1", "d1", "Sleeps", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(99)"))
-    line = refused(minion)
+    line = refused(migrated)
     assert "took longer than 3 s" in line
     assert "The database is where it was: d1." in line
     rows = query(
-        minion,
+        migrated,
         "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%pg_sleep(99)%' "
         "AND pid <> pg_backend_pid()",
     )
     assert rows == []
 
 
-def test_a_second_migration_at_the_same_time_is_refused(minion):
-    assert apply(minion)["result"] is True
+def test_a_second_migration_at_the_same_time_is_refused(migrated):
     backend.add("e1", "d1", "Slow", sql("SELECT pg_sleep(4)"))
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
-    command += ["-c", str(minion.directory), "--log-level=quiet", "slmdb_migration.apply"]
+    command += ["-c", str(migrated.directory), "--log-level=quiet", "slmdb_migration.apply"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seen = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'slmdb_migration'"
     for _ in range(300):
-        if query(minion, seen):
+        if query(migrated, seen):
             break
         time.sleep(0.1)
-    assert "Another migration of this database runs" in refused(minion)
+    assert "Another migration of this database runs" in refused(migrated)
     output, _ = first.communicate(timeout=120)
     assert first.returncode == 0, output
-    assert current(minion) == ["e1"]
+    assert current(migrated) == ["e1"]
 
 
-def test_a_run_that_was_killed_can_be_repeated(minion):
-    assert apply(minion)["result"] is True
+def test_a_run_that_was_killed_can_be_repeated(migrated):
     backend.add("e1", "d1", "Slow", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(3)"))
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
-    command += ["-c", str(minion.directory), "--log-level=quiet", "slmdb_migration.apply"]
+    command += ["-c", str(migrated.directory), "--log-level=quiet", "slmdb_migration.apply"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seen = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'slmdb_migration'"
     for _ in range(300):
-        if query(minion, seen):
+        if query(migrated, seen):
             break
         time.sleep(0.1)
     first.kill()
     first.wait()
     # What the killed run had started still works: that is said, and waited for.
-    assert "Another migration of this database runs" in refused(minion)
+    assert "Another migration of this database runs" in refused(migrated)
     for _ in range(300):
-        if not query(minion, seen):
+        if not query(migrated, seen):
             break
         time.sleep(0.1)
-    assert apply(minion)["result"] is True
-    assert current(minion) == ["e1"]
+    assert apply(migrated)["result"] is True
+    assert current(migrated) == ["e1"]
 
 
 def test_without_a_window_or_an_approval_nothing_changes(minion):
@@ -338,7 +346,8 @@ def test_migrations_that_the_backend_tracks_itself_are_left_to_it(minion):
     answer = apply(minion)
     assert (answer["result"], answer["changes"]) == (True, {})
     assert (
-        "migrations_applied, kept by the backend, has 1, the last is 0007_slo" in answer["comment"]
+        "migrations_applied, which the backend keeps, has 1, the last is 0007_slo"
+        in answer["comment"]
     )
     assert "alembic_version" not in tables(minion)
 
@@ -369,5 +378,5 @@ def test_a_stopped_server_is_a_plain_answer(minion):
 
 def test_no_thread_is_left(minion):
     before = threading.active_count()
-    assert apply(minion)["result"] is True
+    assert minion.call("slmdb_migration.apply", "a1")["to"] == ["a1"]
     assert threading.active_count() == before
