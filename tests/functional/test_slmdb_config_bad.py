@@ -1,0 +1,264 @@
+"""Whatever somebody asks for, the database stays up with the last good configuration in force."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import psycopg2
+import pytest
+from salt.exceptions import CommandExecutionError
+
+CONF = "/etc/postgresql/15/main/conf.d/50-autobot-slm.conf"
+HBA = "/etc/postgresql/15/main/pg_hba.conf"
+IDENT = "/etc/postgresql/15/main/pg_ident.conf"
+
+SETTINGS = {
+    "a size nobody has": ({"shared_buffers": "100TB"}, "shared_buffers: .*integer range"),
+    "more than the memory": ({"shared_buffers": "900GB"}, "shared_buffers: "),
+    "no number": ({"shared_buffers": "banana"}, "shared_buffers: .*invalid value"),
+    "no unit": ({"work_mem": "10 parsecs"}, "work_mem: .*Valid units"),
+    "a typing error": ({"shared_bufers": "1GB"}, "shared_bufers: .*did you mean shared_buffers"),
+    "an extension's typing error": (
+        {"pg_stat_statements.maks": 5000},
+        "pg_stat_statements.maks: .*did you mean pg_stat_statements.max",
+    ),
+    "no connections": ({"max_connections": 0}, "max_connections: .*outside"),
+    "absurdly many connections": (
+        {"max_connections": 9000, "work_mem": "64MB"},
+        "max_connections: 9000 sessions",
+    ),
+    "only reserved connections": (
+        {"superuser_reserved_connections": 100},
+        "superuser_reserved_connections",
+    ),
+    "an unknown library at start": (
+        {"shared_preload_libraries": "nosuch"},
+        "could not access file",
+    ),
+    "an unknown library at login": ({"local_preload_libraries": "nosuch"}, "refuses logins"),
+    "an unknown library in sessions": ({"session_preload_libraries": "nosuch"}, "refuses logins"),
+    "an unknown word": ({"wal_level": "banana"}, "wal_level: .*Available values"),
+    "two that do not fit": ({"wal_level": "minimal"}, "WAL streaming"),
+    "huge pages without any": ({"huge_pages": "on"}, "huge_pages: .*the kernel has"),
+    "no fsync": ({"fsync": False}, "fsync: .*allow_unsafe"),
+    "no full pages": ({"full_page_writes": "off"}, "full_page_writes: .*allow_unsafe"),
+    "another data directory": ({"data_directory": "/tmp"}, "data_directory: .*allow_unsafe"),
+    "other rules": ({"hba_file": "/tmp/hba"}, "hba_file: .*slm_database:hba"),
+    "another socket": ({"unix_socket_directories": "/nowhere"}, "unix_socket_directories: "),
+    "a certificate that is not there": ({"ssl_cert_file": "/nowhere"}, "there is no file /nowhere"),
+    "encryption without a certificate": (
+        {"ssl": True, "ssl_cert_file": "/etc/passwd", "ssl_key_file": "/etc/passwd"},
+        "could not load server certificate",
+    ),
+    "old passwords": ({"password_encryption": "MD5"}, "password_encryption: .*SCRAM"),
+    "an unknown time zone": ({"timezone": "Mars/Olympus"}, "timezone: "),
+    "an unknown language": ({"lc_messages": "xx_YY"}, "lc_messages: "),
+    "an unknown destination": ({"log_destination": "moon"}, "log_destination: "),
+    "nothing may be written": ({"default_transaction_read_only": True}, "read-only"),
+    "too many workers": ({"max_worker_processes": 999999}, "max_worker_processes: .*outside"),
+    "no boolean": ({"jit": "perhaps"}, "jit: .*Boolean"),
+    "no autovacuum": ({"autovacuum": "off"}, "autovacuum: .*allow_unsafe"),
+    "a log nobody may write": (
+        {"logging_collector": True, "log_directory": "/proc/nowhere"},
+        "could not open log file",
+    ),
+    "archiving without WAL": (
+        {"archive_mode": "on", "wal_level": "minimal", "max_wal_senders": 0},
+        "archival",
+    ),
+}
+EVERYBODY = {"database": "all", "user": "all"}
+RULES = {
+    "everybody is rejected over the socket": (
+        {"type": "local", **EVERYBODY, "method": "reject"},
+        "before:0: root over the socket as postgres would be refused",
+    ),
+    "everybody is rejected over TCP": (
+        {"type": "host", **EVERYBODY, "address": "all", "method": "reject"},
+        "before:0: the application over 127.0.0.1 with the password would be refused",
+    ),
+    "everybody is trusted over TCP": (
+        {"type": "host", **EVERYBODY, "address": "127.0.0.1/32", "method": "trust"},
+        "with a wrong password would be admitted",
+    ),
+    "postgres gets in over TCP": (
+        {
+            "type": "host",
+            "database": "all",
+            "user": "postgres",
+            "address": "127.0.0.1/32",
+            "method": "trust",
+        },
+        "postgres over 127.0.0.1 would be admitted",
+    ),
+    "root needs a password": (
+        {"type": "local", "database": "all", "user": "postgres", "method": "scram-sha-256"},
+        "root over the socket as postgres would be refused",
+    ),
+    "root has no map": (
+        {
+            "type": "local",
+            "database": "all",
+            "user": "postgres",
+            "method": "peer",
+            "options": {"map": "nowhere"},
+        },
+        "root over the socket as postgres would be refused",
+    ),
+    "the application must be somebody else": (
+        {
+            "type": "local",
+            "database": ["autobot_slm", "other"],
+            "user": "autobot_slm",
+            "method": "peer",
+        },
+        "the application over the socket would be refused",
+    ),
+    "a group that the application may be in": (
+        {
+            "type": "host",
+            "database": "all",
+            "user": "+pg_monitor",
+            "address": "::1/128",
+            "method": "reject",
+        },
+        "the application over ::1 with the password would be refused",
+    ),
+    "ldap without a server": (
+        {"type": "host", **EVERYBODY, "address": "10.0.0.0/8", "method": "ldap"},
+        "before:0: the server says: .*ldap",
+    ),
+    "cert without encryption": (
+        {"type": "host", **EVERYBODY, "address": "10.0.0.0/8", "method": "cert"},
+        "before:0: the server says: .*hostssl",
+    ),
+    "an option nobody knows": (
+        {
+            "type": "host",
+            **EVERYBODY,
+            "address": "10.0.0.0/8",
+            "method": "md5",
+            "options": {"colour": "red"},
+        },
+        "before:0: the server says: .*colour",
+    ),
+    "an option of another method": (
+        {"type": "local", **EVERYBODY, "method": "trust", "options": {"map": "a"}},
+        "before:0: the server says: .*map",
+    ),
+}
+
+
+def _login():
+    connection = psycopg2.connect(
+        host="/var/run/postgresql", user="autobot_slm", dbname="autobot_slm"
+    )
+    connection.autocommit = True
+    return connection
+
+
+def _answers(connection) -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+        return cursor.fetchone() == (1,)
+
+
+def _files():
+    return [(Path(path).read_bytes(), Path(path).stat().st_ino) for path in (CONF, HBA, IDENT)]
+
+
+@pytest.fixture(scope="module")
+def settled(shared_server):
+    for state in (
+        "slmdb_config.applied",
+        "slmdb_access.applied",
+        "slmdb_config.in_force",
+        "slmdb_role.present",
+        "slmdb_secret.present",
+        "slmdb_database.present",
+        "slmdb_access.verified",
+    ):
+        assert shared_server.state(state).result is True, state
+    return shared_server
+
+
+@pytest.fixture(scope="module")
+def client(settled):
+    """A session of the application that is there before, and still there after, every case."""
+    connection = _login()
+    yield connection
+    connection.close()
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_bad_setting_is_found_before_anything_is_written(settled, client, case):
+    """One line with the pillar key and the server's words; nothing is touched."""
+    given, words = SETTINGS[case]
+    before = _files()
+    settled.tell({"slm_database": {"settings": given}})
+    with pytest.raises(CommandExecutionError, match=words) as refused:
+        settled.call("slmdb_config.apply")
+    assert refused.value.strerror.startswith("slm_database:settings")
+    assert _files() == before
+    assert _answers(client) and _answers(_login())
+    assert settled.call("slmdb_config.pending") == []
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_bad_rule_is_found_before_anything_is_written(settled, client, case):
+    """Lock-outs, and rules that the server does not read, are refused with their pillar path."""
+    rule, words = RULES[case]
+    before = _files()
+    settled.tell({"slm_database": {"hba": {"before": [rule]}}})
+    with pytest.raises(CommandExecutionError, match=words):
+        settled.call("slmdb_access.apply")
+    assert _files() == before
+    assert _answers(client) and _answers(_login())
+
+
+@pytest.mark.parametrize("case", ["a typing error", "an unknown library at login", "no fsync"])
+def test_test_mode_says_the_same(settled, case):
+    """A dry run finds what a run would find."""
+    settled.tell({"slm_database": {"settings": SETTINGS[case][0]}})
+    result = settled.state("slmdb_config.applied", test=True)
+    assert result.result is False
+    assert re.search(SETTINGS[case][1], result.comment)
+
+
+def test_after_all_that_everything_is_as_it_should_be(settled, client):
+    """No case left a trace, and the session of before is still the same."""
+    settled.tell(None)
+    assert settled.call("slmdb_config.differences") == {}
+    assert settled.call("slmdb_access.differences") == {}
+    assert settled.call("slmdb_access.verify") == []
+    assert _answers(client)
+
+
+def test_a_port_that_somebody_else_has_is_refused(settled, client):
+    """It is said before it is written, though the change would only wait for a restart."""
+    before = _files()
+    with socket.create_server(("127.0.0.1", 5499)):
+        settled.tell({"slm_database": {"port": 5499}})
+        result = settled.state("slmdb_config.applied")
+    assert result.result is False
+    assert "slm_database:port: 5499 is held by another program" in result.comment
+    assert _files() == before and _answers(client)
+
+
+def test_all_broken_promises_are_named_at_once(settled):
+    """Nobody has to run again to hear the next mistake."""
+    settled.tell({"slm_database": {"settings": {"fsync": False, "autovacuum": False}}})
+    lines = settled.state("slmdb_config.applied").comment.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [
+        "slm_database:settings:autovacuum",
+        "slm_database:settings:fsync",
+    ]
+
+
+def test_an_explicit_key_permits_what_is_unsafe(settled):
+    """The operator decides, by name."""
+    settled.tell({"slm_database": {"settings": {"fsync": False}, "allow_unsafe": ["fsync"]}})
+    assert settled.call("slmdb_config.problems") == []
+    settled.tell(None)
