@@ -1,0 +1,241 @@
+"""The configuration's life: first install, reload, what waits for a restart, and the way back."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import psycopg2
+import pytest
+from salt.exceptions import CommandExecutionError
+
+from tests.support import world as worlds
+
+CONF = Path("/etc/postgresql/15/main/conf.d/50-autobot-slm.conf")
+AUTO = Path("/var/lib/postgresql/15/main/postgresql.auto.conf")
+STATES = (
+    "slmdb_config.applied",
+    "slmdb_access.applied",
+    "slmdb_service.running",
+    "slmdb_config.in_force",
+    "slmdb_role.present",
+    "slmdb_secret.present",
+    "slmdb_database.present",
+    "slmdb_access.verified",
+)
+
+
+def run(minion):
+    results = {state: minion.state(state) for state in STATES}
+    assert all(result.result for result in results.values()), results
+    return {state for state, result in results.items() if result.changes}
+
+
+def tell(minion, **settings):
+    return minion.tell({"slm_database": settings})
+
+
+def shown(minion, name):
+    return minion.call("slmdb_server.query", f"SHOW {name}")[0][name]
+
+
+def settle(minions):
+    """A host on which the configuration was applied, started and seen to work; made once."""
+    minion = minions()
+    if "settled" in worlds.STATE["snapshots"]:
+        worlds.fresh("settled")
+        minion.call("slmdb_service.start")
+    else:
+        worlds.fresh()
+        minion.call("slmdb_instance.apply")
+        run(minion)
+        minion.call("slmdb_service.stop")
+        worlds.keep("settled")
+        minion.call("slmdb_service.start")
+    return minions()
+
+
+@pytest.fixture
+def settled(minions):
+    return settle(minions)
+
+
+def test_a_first_install_says_in_test_mode_what_it_then_does(instance, minions):
+    """The server is not there yet; nothing needs it to be."""
+    minion = minions()
+    for state in ("slmdb_config.applied", "slmdb_access.applied"):
+        announced = minion.state(state, test=True)
+        assert announced.result is None
+        assert minion.state(state, test=True).changes == announced.changes
+        made = minion.state(state)
+        assert (made.result, made.changes) == (True, announced.changes)
+        again = minion.state(state)
+        assert (again.result, again.changes) == (True, {})
+    assert oct(CONF.stat().st_mode)[-4:] == "0644" and CONF.owner() == "postgres"
+    for name in ("pg_hba.conf", "pg_ident.conf"):
+        path = CONF.parents[1] / name
+        assert oct(path.stat().st_mode)[-4:] == "0640" and path.owner() == "postgres"
+
+
+def test_a_bare_host_is_told_what_would_come(bare, minions):
+    """Without an instance test mode has an answer, and the promises are checked already."""
+    minion = minions()
+    assert minion.state("slmdb_config.applied", test=True).changes["port"]["new"] == "5432"
+    tell(minion, settings={"fsync": False})
+    assert minion.state("slmdb_config.applied", test=True).result is False
+
+
+def test_a_second_run_changes_nothing_and_everything_is_in_force(settled):
+    """What was written is what the server has."""
+    assert run(settled) == set()
+    assert shown(settled, "listen_addresses") == "127.0.0.1, ::1"
+    assert shown(settled, "password_encryption") == "scram-sha-256"
+    assert settled.call("slmdb_config.pending") == []
+    assert settled.call("slmdb_config.foreign") == []
+    assert settled.call("slmdb_access.rule_errors") == []
+
+
+def test_what_a_reload_brings_is_in_force_at_once(settled):
+    """A session of before sees it, too."""
+    client = psycopg2.connect(host="/var/run/postgresql", user="autobot_slm", dbname="autobot_slm")
+    tell(settled, settings={"work_mem": "9MB", "log_lock_waits": False})
+    announced = settled.state("slmdb_config.applied", test=True).changes
+    assert announced["work_mem"]["new"] == "9MB"
+    assert announced["log_lock_waits"] == {"old": "on", "new": "off"}
+    assert settled.state("slmdb_config.applied").changes == announced
+    with client.cursor() as cursor:
+        cursor.execute("SHOW work_mem")
+        assert cursor.fetchone() == ("9MB",)
+    client.close()
+
+
+def test_what_needs_a_restart_waits_for_it_and_is_listed(settled):
+    """Nothing restarts by surprise; the list says since when."""
+    before, pid = shown(settled, "shared_buffers"), settled.call("slmdb_instance.facts")["pid"]
+    tell(settled, settings={"shared_buffers": "200MB"})
+    announced = settled.state("slmdb_config.applied", test=True).changes
+    assert announced == {"shared_buffers": {"old": before, "new": "200MB: waits for a restart"}}
+    assert run(settled) == {"slmdb_config.applied"}
+    (row,) = settled.call("slmdb_config.pending")
+    assert (row["name"], row["old"], row["new"]) == ("shared_buffers", before, "200MB")
+    tell(settled, settings={"shared_buffers": "200MB", "work_mem": "9MB"})
+    os.utime("/var/lib/autobot-slm-database/pending.json", (0, 0))
+    assert run(settled) == {"slmdb_config.applied"}
+    assert settled.call("slmdb_config.pending") == [row]
+    assert settled.call("slmdb_instance.facts")["pid"] == pid
+
+
+@pytest.mark.parametrize("leave", [{"restart": "now"}, {"maintenance": {"approve": True}}])
+def test_a_permitted_restart_brings_it(settled, leave):
+    """It is announced, done once, and then nothing waits."""
+    before = shown(settled, "shared_buffers")
+    tell(settled, settings={"shared_buffers": "200MB"}, **leave)
+    announced = settled.state("slmdb_config.in_force", test=True)
+    assert announced.changes == {"shared_buffers": {"old": before, "new": "200MB"}}
+    assert run(settled) == {"slmdb_config.applied", "slmdb_config.in_force"}
+    assert shown(settled, "shared_buffers") == "200MB"
+    assert run(settled) == set()
+
+
+def test_a_hand_edit_of_our_file_is_undone(settled):
+    """Our file is ours; the server is told."""
+    CONF.write_text(CONF.read_text().replace("log_lock_waits = 'on'", "log_lock_waits = 'off'"))
+    settled.call("slmdb_service.reload")
+    assert run(settled) == {"slmdb_config.applied"}
+    assert shown(settled, "log_lock_waits") == "on"
+
+
+def test_a_file_that_the_server_has_not_read_is_loaded(settled):
+    """A run that was killed before the reload is finished by the next one."""
+    later = time.time() - 0.01
+    os.utime(CONF, (later, later))
+    assert settled.state("slmdb_config.applied").changes == {
+        "reload": {"old": "not read by the server", "new": "read"}
+    }
+    assert run(settled) == set()
+
+
+def test_what_overrides_ours_is_reported_with_file_and_line_and_left_alone(settled):
+    """Another file of conf.d, and ALTER SYSTEM."""
+    other = CONF.parent / "90-by-hand.conf"
+    other.write_text("# by hand\nlog_lock_waits = off\n")
+    settled.call("slmdb_server.execute", "ALTER SYSTEM SET work_mem = '5MB'")
+    found = {row["name"]: row for row in settled.call("slmdb_config.foreign")}
+    assert set(found) == {"log_lock_waits", "work_mem"}
+    assert (found["log_lock_waits"]["file"], found["log_lock_waits"]["line"]) == (str(other), 2)
+    assert found["work_mem"]["file"] == str(AUTO) and found["work_mem"]["value"] == "5MB"
+    tell(settled, settings={"jit": True})
+    assert run(settled) == {"slmdb_config.applied"}
+    assert other.read_text().endswith("off\n") and "5MB" in AUTO.read_text()
+
+
+def break_the_start():
+    """A configuration that no rehearsal saw: written by hand, refused by the server at start."""
+    CONF.write_text(CONF.read_text() + "shared_preload_libraries = 'nosuch'\n")
+
+
+@pytest.mark.parametrize("verb", ["restart", "start"])
+def test_a_server_that_does_not_start_goes_back_to_the_last_good_configuration(settled, verb):
+    """It is up again at once, the error has the server's words, and the next run is quiet."""
+    good = CONF.read_text()
+    break_the_start()
+    if verb == "start":
+        settled.call("slmdb_service.stop")
+    began = time.monotonic()
+    with pytest.raises(CommandExecutionError, match=r"nosuch.*last good configuration is in force"):
+        settled.call(f"slmdb_lastgood.{verb}")
+    assert time.monotonic() - began < 30
+    assert CONF.read_text() == good
+    assert settled.call("slmdb_server.available")
+    assert run(settled) == set()
+
+
+def test_without_a_last_good_configuration_the_failure_is_told(instance, minions):
+    """A first install has nothing to go back to."""
+    minion = minions()
+    minion.state("slmdb_config.applied")
+    break_the_start()
+    with pytest.raises(CommandExecutionError, match=r"did not start: .*nosuch"):
+        minion.call("slmdb_lastgood.start")
+
+
+def test_what_waits_for_a_restart_is_not_called_good(settled):
+    """The last good configuration is one that was in force when logins were seen to work."""
+    tell(settled, settings={"shared_buffers": "200MB"})
+    run(settled)
+    assert "200MB" not in Path("/var/lib/autobot-slm-database/last-good/conf").read_text()
+
+
+def test_the_server_s_own_objection_brings_back_what_was_there(settled):
+    """Should a rehearsal have let something through, the running server has the last word."""
+    before = CONF.read_bytes()
+    tell(settled, settings={"work_mem": "1"})
+    rehearsed = settled.call("slmdb_rehearsal.check", settled.call("slmdb_config.content"))
+    rehearsed["objections"] = []
+    with pytest.raises(CommandExecutionError, match="slm_database:settings:work_mem: "):
+        settled.call("slmdb_config.apply")
+    assert CONF.read_bytes() == before
+    assert shown(settled, "work_mem") != "1kB"
+
+
+def test_everything_is_explained(settled):
+    """Value, reason and source of every line of the file."""
+    tell(settled, settings={"work_mem": "9MB"})
+    explained = settled.call("slmdb_config.explain")
+    assert set(explained) == set(settled.call("slmdb_config.wanted"))
+    assert explained["work_mem"]["why"].startswith("the operator's choice (the profile would say")
+    assert explained["port"]["source"] == "slm_database:port"
+    assert all(row["why"] and row["source"] for row in explained.values())
+
+
+def test_a_clean_brings_back_what_was_there(settled):
+    """Our file goes, Debian's rules come back, and a second clean changes nothing."""
+    for state in ("slmdb_config.absent", "slmdb_access.absent"):
+        announced = settled.state(state, test=True)
+        assert announced.result is None and announced.changes
+        assert settled.state(state).changes == announced.changes
+        assert settled.state(state).changes == {}
+    assert not CONF.exists()
+    assert "local   all             all" in (CONF.parents[1] / "pg_hba.conf").read_text()
+    assert settled.call("slmdb_server.available")
