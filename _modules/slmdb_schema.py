@@ -316,10 +316,17 @@ def _check_network(pillar: dict) -> Iterator[str]:
 
 
 def _check_settings(pillar: dict) -> Iterator[str]:
-    """What has a key of its own is not set twice."""
+    """What has a key of its own is not set twice, nor is anything; case does not count there."""
+    seen: dict[str, str] = {}
     for name in _part(pillar, "settings", of=dict):
-        if name in ("port", "listen_addresses"):
-            yield f"{TOP}:settings:{name}: has a key of its own; set {TOP}:{name}"
+        if not isinstance(name, str):
+            continue
+        lower = name.lower()
+        if lower in ("port", "listen_addresses"):
+            yield f"{_join(f'{TOP}:settings', name)}: has a key of its own; set {TOP}:{lower}"
+        elif lower in seen:
+            yield f"{_join(f'{TOP}:settings', name)}: is the same setting as {seen[lower]}"
+        seen[lower] = name
 
 
 def _check_owners(pillar: dict) -> Iterator[str]:

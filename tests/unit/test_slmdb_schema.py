@@ -205,6 +205,8 @@ WRONG = [
     ({"settings": {"x": "a\nb"}}, "settings:x", "text", "one line"),
     ({"settings": {"a b": 1}}, "settings:a b", '"a b"', "underscores"),
     ({"settings": {"port": 5433}}, "settings:port", "key of its own", "slm_database:port"),
+    ({"settings": {"Port": 5433}}, "settings:Port", "key of its own", "slm_database:port"),
+    ({"settings": {"jit": 1, "JIT": 0}}, "settings:JIT", "the same setting", "jit"),
     ({"settings": []}, "settings", "a list", "a mapping"),
     ({"secret": {"mode": 0o640}}, "secret:mode", "416", "in quotes"),
     ({"secret": {"mode": "0644"}}, "secret:mode", "text", '"0640"'),
