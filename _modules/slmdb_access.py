@@ -345,8 +345,9 @@ def _lets_in(
         return "admitted" if password else "refused"
     if rule and method == "peer" and user:
         name = rule["options"].get("map")
-        same = [(name, user, role)] if name is None else []
-        bare = [tuple((word or "").strip('"') for word in line) for line in [*maps, *same]]
+        if name is None:
+            return "admitted" if user == role else "refused"
+        bare = [tuple(word.strip('"') for word in line) for line in maps]
         return "admitted" if (name, user, role) in bare else "refused"
     return "refused"
 
