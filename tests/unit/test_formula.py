@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def test_spm_builds_the_package(tmp_path):
-    """The package holds the states, the modules and the example pillar, where SPM looks for them."""
+    """The package holds states, modules and the example pillar, where SPM looks for them."""
     (tmp_path / "spm").write_text(
         yaml.safe_dump(
             {
