@@ -159,8 +159,9 @@ def pending() -> dict[str, Any]:
 
         salt '*.19' slmdb.pending
 
-    Returns what ``slmdb_pending.report`` does: ``restart`` (each with ``name``, ``old``, ``new`` and
-    ``since``), ``packages``, ``migrations`` (each with ``revision`` and ``message``), ``collations``
-    and ``end_of_life``. Raises ``CommandExecutionError`` if the server cannot be asked.
+    Returns what ``slmdb_pending.report`` does: ``restart`` (each with ``name``, ``old``, ``new``
+    and ``since``), ``packages``, ``migrations`` (each with ``revision`` and ``message``),
+    ``collations`` and ``end_of_life``. Raises ``CommandExecutionError`` if the server cannot be
+    asked.
     """
     return __salt__["slmdb_pending.report"]()

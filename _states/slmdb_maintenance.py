@@ -1,0 +1,52 @@
+"""
+What is parked is done, in a window or with an approval.
+"""
+
+from __future__ import annotations
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+__virtualname__ = "slmdb_maintenance"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def done(name: str, long_transaction: int = 60) -> dict:
+    """
+    Updates, restarts and migrations that are parked are done, in this order, each step gated.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    long_transaction
+        Seconds from which on an open transaction stops the maintenance.
+
+    Outside a window and without an approval nothing is changed, with ``test=True`` too; the state
+    fails if anything is parked then, and says when the next window is.
+    """
+    try:
+        result = _done(long_transaction)
+    except (CommandExecutionError, SaltInvocationError) as err:
+        result = {"result": False, "changes": {}, "comment": str(err)}
+    return {"name": name, **result}
+
+
+def _done(long_transaction: int) -> dict:
+    why = __salt__["slmdb_window.reason"]()
+    stale = __salt__["slmdb_update.refresh"]() if why and not __opts__["test"] else None
+    note = f"\nThe package lists could not be fetched: {stale}" if stale else ""
+    plan = __salt__["slmdb_maintenance.plan"]()
+    if not plan["changes"] and not plan["refused"]:
+        return {"result": True, "changes": {}, "comment": f"Nothing is parked.{note}"}
+    if not why:
+        words = __salt__["slmdb_window.refusal"]()
+        parked = ", ".join(plan["changes"]) or plan["refused"]
+        comment = f"Nothing was done: {words}. Parked: {parked}."
+        return {"result": False, "changes": {}, "comment": comment}
+    if __opts__["test"]:
+        comment = f"Would be done; permitted: {why}."
+        return {"result": None, "changes": plan["changes"], "comment": comment}
+    report = __salt__["slmdb_maintenance.run"](long_transaction)
+    comment = "\n".join(__salt__["slmdb_maintenance.sentences"](report)) + note
+    return {"result": not report["failed"], "changes": report["changes"], "comment": comment}

@@ -1,0 +1,177 @@
+"""A maintenance: gated, in order, until the first failure, with the server up at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.functional.test_slm_database import apply, failures
+from tests.support import world as worlds
+
+PARKED = {"settings": {"max_connections": 37}}
+APPROVED = {"slm_database": {**PARKED, "maintenance": {"approve": True}}}
+SOURCES = Path("/etc/apt/sources.list.d")
+STATE = "What is parked is done"
+
+
+@pytest.fixture
+def parked(minions):
+    """A host to which the formula was applied, and a setting that waits for a restart since."""
+    if "applied" not in worlds.STATE["snapshots"]:
+        worlds.fresh()
+        minion = minions()
+        assert failures(apply(minion)) == {}
+        minion.call("slmdb_server.forget")
+        minion.call("slmdb_service.stop")
+        worlds.keep("applied")
+    worlds.fresh("applied")
+    # The machine's package lists may know of updates, which cannot be downloaded from here.
+    for path in [*Path("/var/lib/apt/lists").glob("*_*"), *SOURCES.glob("*")]:
+        path.unlink()
+    Path("/etc/apt/sources.list").write_text("")
+    minion = minions({"slm_database": PARKED})
+    minion.call("slmdb_service.start")
+    assert minion.state("slmdb_config.applied").result is True
+    yield minion
+    minion.call("slmdb_server.forget")
+
+
+def connections(minion):
+    rows = minion.call("slmdb_server.query", "SELECT current_setting('max_connections') AS value")
+    return rows[0]["value"]
+
+
+def started(minion):
+    return minion.call("slmdb_instance.facts")["started"]
+
+
+def test_nothing_happens_without_a_window_or_an_approval(parked):
+    """The policy is manual: it says so, changes nothing, and the next run says it again."""
+    before = started(parked)
+    for test in (True, False):
+        refused = parked.state("slmdb_maintenance.done", test=test)
+        assert (refused.result, refused.changes) == (False, {})
+        assert "policy is manual" in refused.comment and "Parked: restart" in refused.comment
+    assert started(parked) == before and connections(parked) == "100"
+
+
+def test_a_closed_window_says_when_it_opens(parked):
+    """One that is 24 hours minus five minutes long, and begins in two minutes."""
+    now = time.localtime(time.time() + 120)
+    opens = time.strftime("%H:%M", now)
+    windows = [f"daily {opens}-{time.strftime('%H:%M', time.localtime(time.time() + 300))}"]
+    parked.tell(
+        {"slm_database": {**PARKED, "maintenance": {"policy": "window", "windows": windows}}}
+    )
+    refused = parked.state("slmdb_maintenance.done")
+    assert refused.result is False and f"T{opens}" in refused.comment
+    status = parked.call("slmdb_window.status")
+    assert (status["open"], status["permitted"], status["until"]) == (False, False, None)
+    assert f"T{opens}" in status["next"]
+    assert status["would"] == ["restart for max_connections: 100 → 37"]
+
+
+def test_an_approval_lets_one_run_do_what_is_parked(parked, caplog):
+    """Announced, done, reported with the time away, seen while it ran; and then nothing is left."""
+    parked.tell(APPROVED)
+    announced = parked.state("slmdb_maintenance.done", test=True)
+    assert announced.result is None and connections(parked) == "100"
+    with caplog.at_level(logging.WARNING):
+        done = parked.state("slmdb_maintenance.done")
+    assert done.result is True, done.comment
+    assert (
+        done.changes
+        == announced.changes
+        == {"restart": {"old": None, "new": "for max_connections"}}
+    )
+    assert "approved for this run" in done.comment and "The server was away for" in done.comment
+    lines = [record.getMessage() for record in caplog.records]
+    assert "slmdb maintenance: restart: begun" in lines
+    assert any(line.startswith("slmdb maintenance: restart: done") for line in lines)
+    assert connections(parked) == "37"
+    again = parked.state("slmdb_maintenance.done")
+    assert (again.result, again.changes) == (True, {})
+
+
+def test_an_approval_is_not_recorded(parked):
+    """A report that reads the record later does not take it for its own."""
+    parked.tell(APPROVED)
+    parked.call("slmdb_record.apply")
+    kept = json.loads(Path("/var/lib/autobot-slm-database/settings.json").read_text())
+    assert kept["maintenance"]["approve"] is False
+
+
+def test_an_open_window_and_the_policy_auto_permit_it(parked):
+    """The default run honours the same gate."""
+    window = {"policy": "window", "windows": ["daily 00:00-24:00"]}
+    for told in (window, {"policy": "auto"}):
+        parked.tell({"slm_database": {**PARKED, "maintenance": told}})
+        assert parked.call("slmdb_window.permitted") is True
+        assert parked.state("slmdb_maintenance.done", test=True).result is None
+    assert parked.state("slmdb_config.in_force").result is True
+    assert connections(parked) == "37"
+
+
+def test_a_long_transaction_is_named_and_left_alone(parked):
+    """Its process, user and age; nothing was restarted; without it the maintenance is done."""
+    parked.tell(APPROVED)
+    connection = parked.modules["slmdb_server.connect"]()
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid(), 'a secret'")
+        pid = cursor.fetchone()[0]
+    time.sleep(1.1)
+    before = started(parked)
+    stopped = parked.state("slmdb_maintenance.done", long_transaction=1)
+    assert (stopped.result, stopped.changes) == (False, {})
+    assert f"pid {pid}, user postgres" in stopped.comment and "a secret" not in stopped.comment
+    assert "Not done: long transactions, backup, update, restart" in stopped.comment
+    assert started(parked) == before and connection.closed == 0
+    connection.close()
+    assert parked.state("slmdb_maintenance.done", long_transaction=1).result is True
+
+
+def test_a_restart_that_fails_leaves_the_server_up(parked):
+    """The last good configuration is back, the reason is given, and what was not done is named."""
+    parked.call("slmdb_lastgood.save")
+    conf = parked.call("slmdb_instance.facts")["conf_file"]
+    parked.tell(APPROVED)
+    with Path(conf).open("a") as stream:
+        stream.write("shared_buffers = '900TB'\n")
+    failed = parked.state("slmdb_maintenance.done")
+    assert failed.result is False and "restart" not in failed.changes
+    assert "Failed: restart: the server did not start" in failed.comment
+    assert (
+        "the server is up" in failed.comment and "Not done: restart, migrations" in failed.comment
+    )
+    assert parked.call("slmdb_server.available") is True
+
+
+def test_the_sls_does_it(parked):
+    """The command of an operator, refused and approved."""
+    assert apply(parked, "slm_database.maintenance")[STATE]["result"] is False
+    Path("/etc/apt/sources.list").write_text("deb http://127.0.0.1:1 bookworm main\n")
+    parked.tell(APPROVED)
+    done = apply(parked, "slm_database.maintenance")
+    assert done[STATE]["result"] is True, done[STATE]["comment"]
+    assert "The package lists could not be fetched" in done[STATE]["comment"]
+
+
+@pytest.mark.parametrize(
+    ("window", "words"),
+    [
+        ({"rrule": "FREQ=HOURLY", "start": "02:00", "duration": "2h"}, "FREQ=HOURLY"),
+        (
+            {"rrule": "FREQ=DAILY", "start": "02:00", "duration": "2h", "timezone": "A/B"},
+            "timezone",
+        ),
+    ],
+)
+def test_a_window_that_cannot_be_is_a_mistake_in_pillar(minions, window, words):
+    """Before anything is touched, with its key."""
+    told = {"slm_database": {"maintenance": {"windows": [window]}}}
+    (line,) = minions(told).call("slmdb_pillar.problems")
+    assert line.startswith("slm_database:maintenance:windows:0:") and words in line
