@@ -278,8 +278,8 @@ def run(long_transaction: int = LONG) -> dict[str, Any]:
     Returns ``permitted`` (why), ``changes`` (what was done of what was planned), ``done`` (step to
     ``seconds`` and ``comment``; ``None``: there was nothing to do), ``failed`` (``step``,
     ``comment``, ``server``, or ``None``), ``not_done`` (steps) and ``away`` (seconds for which the
-    server accepted no connections, to a tenth). Raises ``CommandExecutionError`` if a window or an approval is
-    missing, or it cannot be told what is parked.
+    server accepted no connections, to a tenth). Raises ``CommandExecutionError`` if a window or an
+    approval is missing, or it cannot be told what is parked.
     """
     why = __salt__["slmdb_window.reason"]()
     if not why:
