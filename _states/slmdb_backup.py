@@ -1,0 +1,43 @@
+"""
+Backups: the engine is configured, the repository knows the instance.
+"""
+
+from __future__ import annotations
+
+__virtualname__ = "slmdb_backup"
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def configured(name: str) -> dict:
+    """
+    pgBackRest has our configuration, its directories, and a key that is made once.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_pgbackrest")
+
+
+def present(name: str) -> dict:
+    """
+    The repository knows the instance.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    verbs = ("missing_stanza", "create_stanza")
+    return __states__["slmdb.converge"](name, "slmdb_pgbackrest", verbs=verbs)
+
+
+def absent(name: str) -> dict:
+    """
+    Our configuration of pgBackRest is gone; the repository and its key stay.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    verbs = ("leftovers", "remove")
+    return __states__["slmdb.converge"](name, "slmdb_pgbackrest", verbs=verbs)
