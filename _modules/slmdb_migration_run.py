@@ -169,11 +169,7 @@ def _restore_point(plan: dict[str, Any]) -> str | None:
     else:
         _query("SELECT pg_create_restore_point(%s)", [name])
     if __salt__["slmdb_pillar.get"]("backup", "enabled"):
-        if "slmdb_backup.take" not in __salt__:
-            raise CommandExecutionError(
-                "slm_database:backup:enabled: nothing on this host takes backups; set it to false"
-            )
-        __salt__["slmdb_backup.take"]()
+        __salt__["slmdb_backup.create"]()
     return name
 
 

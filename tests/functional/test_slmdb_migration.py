@@ -160,6 +160,7 @@ def test_an_initialize_that_makes_no_tables_ends_the_migration(minion, given):
     assert tables(minion) == set()
 
 
+@pytest.mark.once
 def test_the_backend_gets_its_environment_and_is_not_root(minion):
     backend.add(
         "e1",
@@ -175,6 +176,7 @@ def test_the_backend_gets_its_environment_and_is_not_root(minion):
     assert (name, directory) == (backend.USER, str(backend.DIRECTORY))
 
 
+@pytest.mark.once
 def test_a_target_that_is_not_the_head(minion):
     assert apply(minion, target="b1")["result"] is True
     assert current(minion) == ["b1"]
@@ -183,12 +185,14 @@ def test_a_target_that_is_not_the_head(minion):
     assert current(minion) == ["d1"]
 
 
+@pytest.mark.once
 def test_a_step_is_for_a_command_not_for_a_state(minion):
     assert "is a step, not a place" in refused(minion, target="+1")
     assert minion.call("slmdb_migration.apply", "+1")["to"] == ["a1"]
     assert minion.call("slmdb_migration.apply", "+1")["to"] == ["b1"]
 
 
+@pytest.mark.once
 def test_several_heads(minion):
     backend.add("e1", "d1", "One way", sql("SELECT 1"))
     backend.add("e2", "d1", "Another way", sql("SELECT 2"))
@@ -204,15 +208,18 @@ def test_a_revision_that_the_code_does_not_know(migrated):
     assert "revision f00, which the backend's code does not know" in refused(migrated)
 
 
+@pytest.mark.once
 def test_a_downgrade_is_refused(migrated):
     assert "a1 is behind d1" in refused(migrated, target="a1")
     assert current(migrated) == ["d1"]
 
 
+@pytest.mark.once
 def test_an_unknown_target_is_refused(minion):
     assert "slm_database:migration:target: nowhere" in refused(minion, target="nowhere")
 
 
+@pytest.mark.once
 def test_a_failing_migration_leaves_the_database_where_it_was(migrated):
     backend.add("e1", "d1", "Fails", sql("CREATE TABLE half (id int)"), sql("SELECT 1/0"))
     line = refused(migrated)
@@ -231,6 +238,7 @@ def test_a_failing_migration_shows_no_secret(migrated):
     assert "postgresql+asyncpg://autobot_slm:" + password not in line
 
 
+@pytest.mark.once
 def test_a_migration_that_partly_committed(minion):
     backend.add("e1", "d1", "Works", sql("CREATE TABLE whole (id int)"))
     backend.add("f1", "e1", "Fails", sql("SELECT 1/0"))
@@ -239,6 +247,7 @@ def test_a_migration_that_partly_committed(minion):
     assert current(minion) == ["e1"]
 
 
+@pytest.mark.once
 def test_a_part_that_was_committed_outside_the_transaction(migrated):
     backend.add(
         "e1",
@@ -252,6 +261,7 @@ def test_a_part_that_was_committed_outside_the_transaction(migrated):
     assert "The database is at d1 as before, but its tables changed" in line
 
 
+@pytest.mark.once
 def test_a_lock_held_by_somebody_names_him_and_leaves_him_alone(minion):
     minion.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"lock_timeout": 1}}})
     assert apply(minion, target="b1")["result"] is True
@@ -269,6 +279,7 @@ def test_a_lock_held_by_somebody_names_him_and_leaves_him_alone(minion):
     assert apply(minion)["result"] is True
 
 
+@pytest.mark.once
 def test_a_migration_that_takes_too_long_is_ended(migrated):
     migrated.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"timeout": 3}}})
     backend.add("e1", "d1", "Sleeps", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(99)"))
@@ -283,6 +294,7 @@ def test_a_migration_that_takes_too_long_is_ended(migrated):
     assert rows == []
 
 
+@pytest.mark.once
 def test_a_second_migration_at_the_same_time_is_refused(migrated):
     backend.add("e1", "d1", "Slow", sql("SELECT pg_sleep(4)"))
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
@@ -299,6 +311,7 @@ def test_a_second_migration_at_the_same_time_is_refused(migrated):
     assert current(migrated) == ["e1"]
 
 
+@pytest.mark.once
 def test_a_run_that_was_killed_can_be_repeated(migrated):
     backend.add("e1", "d1", "Slow", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(3)"))
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
@@ -376,6 +389,7 @@ def test_a_stopped_server_is_a_plain_answer(minion):
         minion.call("slmdb_service.start")
 
 
+@pytest.mark.once
 def test_no_thread_is_left(minion):
     before = threading.active_count()
     assert minion.call("slmdb_migration.apply", "a1")["to"] == ["a1"]

@@ -1,0 +1,179 @@
+"""What of a report is a problem, what a warning, and that nothing else is said."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+FILE = "/etc/autobot/slm-secrets.env"
+WELL = {
+    "server": {
+        "instance": "15/main",
+        "exists": True,
+        "running": True,
+        "port": 5432,
+        "pg_isready": {"retcode": 0, "line": "accepting connections"},
+        "version": "15.18",
+        "in_recovery": False,
+        "database_owner": "autobot_slm",
+        "role_may_log_in": True,
+        "unit": {
+            "name": "autobot-slm-database",
+            "state": "active",
+            "enabled": "enabled",
+            "is_the_server": True,
+        },
+    },
+    "access": {"addresses": ["127.0.0.1", "::1"], "rule_errors": [], "matrix": []},
+    "migration": {"state": "up to date", "heads": ["a1"], "comment": "well"},
+    "tables": {"expected": ["nodes"], "missing": []},
+    "capacity": {
+        "connections": {"used": 5, "allowed": 100},
+        "disk": {"data": {"path": "/data", "free_bytes": 1, "free_percent": 50.0}, "wal": None},
+        "oldest_transaction": None,
+        "oldest_prepared": None,
+        "transaction_id_age": 1000,
+        "checksum_failures": 0,
+    },
+    "secret": {
+        "file": FILE,
+        "exists": True,
+        "owner": "root",
+        "group": "slm",
+        "mode": "0640",
+        "wanted": {"owner": "root", "group": "slm", "mode": "0640"},
+        "problem": None,
+        "missing_keys": [],
+        "url_stale": [],
+        "rotation": None,
+        "age_days": 1,
+        "overdue": None,
+        "in_step": True,
+        "left_behind": None,
+    },
+    "pending": [],
+    "foreign": [],
+    "fixed": [],
+}
+MATRIX = {"login": "postgres over ::1", "expected": "refused", "judged": "admitted"}
+HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000}
+DISK = {"path": "/data", "free_bytes": 1}
+
+
+@pytest.fixture(scope="module")
+def judge():
+    path = CHECKOUT / "_modules/slmdb_health_verdict.py"
+    spec = importlib.util.spec_from_file_location("slmdb_health_verdict_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = yaml.safe_load((CHECKOUT / "slm_database/defaults.yaml").read_text())
+
+    def judged(path=None, value=None, **changed):
+        report = copy.deepcopy(WELL)
+        if path:
+            *parents, last = path.split(".")
+            part = report
+            for name in parents:
+                part = part[name]
+            part[last] = value
+        return module.judge(report, {**settings, **changed})
+
+    return judged
+
+
+def test_a_well_host_has_nothing_said_of_it(judge):
+    assert judge() == {"problems": [], "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("server.exists", False, "instance 15/main does not exist"),
+        ("server.pg_isready", {"retcode": 1, "line": "rejecting"}, "not accept connections: rej"),
+        ("server.unit.state", "failed", "the unit autobot-slm-database is failed"),
+        ("server.unit.is_the_server", False, "runs outside its unit"),
+        ("server.port", 5433, "slm_database:port: 5432 is wanted, the server has 5433"),
+        ("server.in_recovery", True, "in recovery"),
+        ("server.database_owner", None, "database autobot_slm does not exist"),
+        ("server.database_owner", "other", "belongs to other, not to autobot_slm"),
+        ("server.role_may_log_in", None, "role autobot_slm does not exist"),
+        ("server.role_may_log_in", False, "may not log in"),
+        ("access.addresses", ["0.0.0.0", "127.0.0.1", "::1"], "at 0.0.0.0, off loopback"),
+        ("access.rule_errors", ["file, line 3: bad"], "access rule: file, line 3: bad"),
+        ("access.matrix", [{**MATRIX, "right": False, "key": "line 1"}], "would be admitted"),
+        ("secret.problem", "the key is there twice", "secret: the key is there twice"),
+        ("secret.exists", False, f"there is no {FILE}"),
+        ("secret.in_step", False, "the password is not the server's"),
+        ("secret.mode", "0644", "mode is 0644, not 0640"),
+        ("capacity.disk.data", {**DISK, "free_percent": 2.9}, "the disk of data (/data) has 2.9"),
+        ("capacity.transaction_id_age", 1_950_000_000, "vacuum does not keep up"),
+        ("capacity.checksum_failures", 2, "checksums failed 2 times"),
+    ],
+)
+def test_a_problem(judge, path, value, words):
+    said = judge(path, value)
+    assert any(words in line for line in said["problems"]), said
+    assert said["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("server.unit.enabled", "disabled", "does not start at boot: it is disabled"),
+        ("access.addresses", ["127.0.0.1"], "nothing listens on ::1"),
+        ("secret.mode", "0600", "mode is 0600"),
+        ("secret.owner", "backend", "owner is backend"),
+        ("secret.missing_keys", ["SLM_SECRET_KEY"], "own keys are missing: SLM_SECRET_KEY"),
+        ("secret.url_stale", ["DATABASE_URL"], "DATABASE_URL holds another password"),
+        ("secret.rotation", "interrupted", "was interrupted"),
+        ("secret.overdue", True, "is overdue"),
+        ("secret.left_behind", "/etc/autobot/db-credentials.env", "still holds another password"),
+        ("capacity.disk.data", {**DISK, "free_percent": 9.0}, "has 9.0 % free"),
+        ("capacity.connections", {"used": 91, "allowed": 100}, "91 of 100 connections"),
+        ("capacity.oldest_transaction", HOURS, "open for 4000 s: pid 7, user u, database d"),
+        ("capacity.oldest_prepared", {"name": "x", "seconds": 4000}, "prepared transaction x"),
+        ("capacity.transaction_id_age", 1_100_000_000, "vacuum does not keep up"),
+        ("tables.missing", ["nodes", "deployments"], "tables are missing: nodes, deployments"),
+        ("migration", {"state": "behind", "heads": ["b"], "comment": "waiting: b"}, "waiting: b"),
+        ("migration", {"state": "unknown", "heads": None, "comment": "broken"}, "broken"),
+        ("migration", {"state": "up to date", "heads": ["a", "b"], "comment": "two"}, "two"),
+        ("pending", [{"name": "n", "old": "1", "new": "2", "since": "now"}], "n 1 → 2 waits"),
+        (
+            "foreign",
+            [{"name": "n", "value": "1", "ours": "2", "file": "/f", "line": 3}],
+            "n is 1 in /f, line 3, which overrides ours (2)",
+        ),
+        ("fixed", ["data checksums are off"], "data checksums are off"),
+    ],
+)
+def test_a_warning(judge, path, value, words):
+    said = judge(path, value)
+    assert said["problems"] == []
+    assert any(words in line for line in said["warnings"]), said
+
+
+@pytest.mark.parametrize(
+    "migration",
+    [
+        {"state": "not deployed", "heads": None, "comment": "there is no /opt"},
+        {"state": "not tracked", "heads": ["a"], "comment": "nothing tracks"},
+        {"state": "tracked by the backend", "heads": ["a"], "comment": "left to it"},
+    ],
+)
+def test_what_is_no_fault_of_the_host_is_not_even_a_warning(judge, migration):
+    assert judge("migration", migration) == {"problems": [], "warnings": []}
+
+
+def test_listening_off_loopback_is_fine_when_it_is_allowed(judge):
+    addresses = ["127.0.0.1", "192.0.2.19", "::1"]
+    assert judge("access.addresses", addresses, allow_remote=True)["problems"] == []
+
+
+def test_a_server_that_did_not_answer_is_said_once(judge):
+    said = judge("server.version", None)
+    assert said == {"problems": [], "warnings": []}
