@@ -162,3 +162,21 @@ def test_settings_that_only_new_sessions_get(applied, minions):
     assert failures(states) == {}
     assert changed(states) == {"The configuration is applied", "The settings are recorded"}
     assert minion.call("slmdb_server.query", "SHOW log_connections")[0]["log_connections"] == "on"
+
+
+def test_a_parked_port_is_no_problem_and_comes_with_a_permitted_restart(applied, minions):
+    """Later a port waits for its restart; clients and health go by the one in force."""
+    settings = {"port": 5544}
+    minion = minions({"slm_database": settings})
+    assert failures(apply(minion)) == {}
+    report = minion.call("slmdb.health", timeout=15)
+    assert report["problems"] == []
+    assert [row["name"] for row in report["pending"]] == ["port"]
+    assert b":5432/" in Path("/etc/autobot/slm-secrets.env").read_bytes()
+    minion.tell({"slm_database": {**settings, "restart": "now"}})
+    assert failures(apply(minion)) == {}
+    assert minion.call("slmdb_instance.facts")["port"] == 5544
+    assert b":5544/" in Path("/etc/autobot/slm-secrets.env").read_bytes()
+    minion.tell({"slm_database": settings})
+    assert changed(apply(minion)) <= {"The settings are recorded"}
+    assert minion.call("slmdb.health", timeout=15)["healthy"] is True
