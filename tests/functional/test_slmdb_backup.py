@@ -1,0 +1,183 @@
+"""Backups by pgBackRest: configured, made, listed, described, verified; and what stands in the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+from tests.support import world as worlds
+
+REPOSITORY = Path("/var/lib/pgbackrest")
+KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
+PILLAR = {"slm_database": {"backup": {"enabled": True}}}
+STATES = ("slmdb_backup.configured", "slmdb_backup.present")
+FIRST = ("slmdb_config.applied", "slmdb_access.applied", "slmdb_service.running")
+
+
+def run(minion, *states, **keywords):
+    return {state: minion.state(state, **keywords) for state in states}
+
+
+@pytest.fixture
+def archiving(instance, minions):
+    """A running server that archives to a repository which does not know it yet."""
+    if "archiving" not in worlds.STATE["snapshots"]:
+        minion = minions(PILLAR)
+        assert all(result.result for result in run(minion, *FIRST).values())
+        minion.call("slmdb_server.forget")
+        minion.call("slmdb_service.stop")
+        worlds.keep("archiving")
+    worlds.fresh("archiving")
+    minion = minions(PILLAR)
+    minion.call("slmdb_service.start")
+    yield minion
+    minion.call("slmdb_server.forget")
+
+
+@pytest.fixture
+def ready(archiving):
+    """The same, with everything applied."""
+    assert all(result.result for result in run(archiving, *STATES).values())
+    return archiving
+
+
+def test_apply_apply_again_and_test_mode(archiving):
+    """What is announced is what is done, once."""
+    for state in STATES:
+        announced = archiving.state(state, test=True)
+        assert announced.result is None and announced.changes
+        made = archiving.state(state)
+        assert (made.result, made.changes) == (True, announced.changes)
+        again = archiving.state(state)
+        assert (again.result, again.changes) == (True, {})
+        assert archiving.state(state, test=True).result is True
+
+
+def test_nothing_happens_unless_it_is_enabled(server):
+    """Neither the states nor the server's configuration know of backups then."""
+    for state in STATES:
+        result = server.state(state)
+        assert (result.result, result.changes) == (True, {})
+    assert "archive_mode" not in server.call("slmdb_config.wanted")
+    assert "pgbackrest" not in server.call("slmdb_package.names")
+    with pytest.raises(SaltInvocationError, match="backup:enabled"):
+        server.call("slmdb_backup.create")
+
+
+def test_the_key_is_made_once_and_stays_where_it_is(ready):
+    """root and the server read it, nobody else; it is in no other file and no argument."""
+    assert oct(KEY.stat().st_mode)[-4:] == "0640"
+    assert (KEY.owner(), KEY.group()) == ("root", "postgres")
+    text = KEY.read_text()
+    secret = text.split("cipher-pass=")[1].strip()
+    assert len(secret) >= 43
+    ready.state(STATES[0])
+    ready.call("slmdb_backup.create")
+    assert KEY.read_text() == text
+    for directory in ("/etc/pgbackrest", "/var/log/pgbackrest", "/var/log/postgresql"):
+        for path in Path(directory).rglob("*"):
+            if path.is_file() and path != KEY:
+                assert secret not in path.read_text(errors="replace"), path
+    assert secret not in ready.call("slmdb_config.content")
+
+
+def test_a_repository_without_its_key_is_not_given_another(ready):
+    """A new key could not read what is there."""
+    KEY.rename("/etc/kept-key")
+    result = ready.state(STATES[0])
+    assert result.result is False
+    assert "bring the copy of the key back" in str(result.comment)
+    assert not KEY.exists()
+
+
+def test_backups_are_made_and_listed(ready):
+    """The first is a full one whatever is asked for; the next builds on it."""
+    first = ready.call("slmdb_backup.create", "differential")
+    assert first["type"] == "full" and first["damaged"] is False
+    second = ready.call("slmdb_backup.create")
+    assert second["type"] == "incremental" and second["needs"] == [first["label"]]
+    assert [row["label"] for row in ready.call("slmdb_backup.list")] == [
+        first["label"],
+        second["label"],
+    ]
+    info = ready.call("slmdb_backup.info")
+    assert info["encrypted"] is True and info["running"] is False
+    assert info["backups"] == 2 and info["newest"]["label"] == second["label"]
+    assert info["earliest"] == first["stopped"]
+    assert info["last_wal"] >= second["wal"][1]
+
+
+def test_retention_is_kept(ready, minions):
+    """With room for one full backup the older one goes, and what needs it."""
+    backup = {"enabled": True, "retention": {"full": 1}}
+    minions({"slm_database": {"backup": backup}})
+    assert ready.state(STATES[0]).result is True
+    ready.call("slmdb_backup.create", "full")
+    ready.call("slmdb_backup.create")
+    last = ready.call("slmdb_backup.create", "full")
+    assert [row["label"] for row in ready.call("slmdb_backup.list")] == [last["label"]]
+
+
+def test_verify_finds_a_flipped_byte(ready):
+    """A sound repository is right; one byte less and it is not."""
+    ready.call("slmdb_backup.create")
+    assert ready.call("slmdb_backup.verify")["right"] is True
+    files = [path for path in REPOSITORY.rglob("*") if path.is_file() and "pg_data" in str(path)]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    found = ready.call("slmdb_backup.verify")
+    assert found["right"] is False and found["problems"]
+
+
+def test_what_cannot_be_is_refused_in_one_line(ready):
+    """Before anything is touched."""
+    with pytest.raises(SaltInvocationError, match="allowed: full, differential, incremental"):
+        ready.call("slmdb_backup.create", "weekly")
+    KEY.write_text("[global]\nrepo1-cipher-pass=another\n")
+    with pytest.raises(CommandExecutionError, match="is not the key") as caught:
+        ready.call("slmdb_backup.list")
+    assert "\n" not in str(caught.value) and "another" not in str(caught.value)
+
+
+def test_a_full_disk_is_refused_before_the_backup(ready):
+    """The repository's disk is asked first."""
+    ready.call("slmdb_backup.create")
+    subprocess.run(["cp", "-a", str(REPOSITORY), "/var/lib/kept"], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0755", "tmpfs", str(REPOSITORY)]
+    subprocess.run(mount, check=True)
+    try:
+        subprocess.run(["cp", "-a", "/var/lib/kept/.", str(REPOSITORY)], check=True)
+        free = os.statvfs(REPOSITORY)
+        filler = bytes(free.f_bavail * free.f_frsize - 1024**2)
+        (REPOSITORY / "filler").write_bytes(filler)
+        with pytest.raises(CommandExecutionError, match="MiB free"):
+            ready.call("slmdb_backup.create", "full")
+        assert len(ready.call("slmdb_backup.list")) == 1
+        assert ready.call("slmdb_server.available") is True
+    finally:
+        subprocess.run(["umount", "--lazy", str(REPOSITORY)], check=True)
+
+
+def test_a_server_that_does_not_archive_yet_says_why(server, minions):
+    """archive_mode waits for a restart, as every such setting does."""
+    minions(PILLAR)
+    assert all(result.result for result in run(server, *FIRST[:2], *STATES).values())
+    with pytest.raises(CommandExecutionError, match="archive_mode waits for a restart"):
+        server.call("slmdb_backup.create")
+    waiting = [row["name"] for row in server.call("slmdb_config.pending")]
+    assert waiting == ["archive_mode"] or "archive_mode" in waiting
+
+
+def test_clean_keeps_the_repository_and_its_key(ready):
+    """Our configuration goes, what was saved stays."""
+    ready.call("slmdb_backup.create")
+    assert ready.state("slmdb_backup.absent").result is True
+    assert ready.state("slmdb_backup.absent").changes == {}
+    assert not Path("/etc/pgbackrest/autobot-slm.conf").exists()
+    assert KEY.exists() and (REPOSITORY / "backup").is_dir()

@@ -1,0 +1,100 @@
+"""On a booted host no setting and no rule takes the database away from whoever is connected."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.functional.test_slmdb_config_bad import RULES, SETTINGS
+from tests.support import host_database as database
+from tests.support.host import FORMULA
+
+# What needs no server to be refused is left to the functional layer, which has them all.
+CASES = {
+    name: ({"settings": given}, words)
+    for name, (given, words) in SETTINGS.items()
+    if "allow_unsafe" not in words
+}
+CASES |= {
+    name: ({"hba": {"before": [rule]}}, words)
+    for name, (rule, words) in RULES.items()
+    if "would be" in words
+}
+WITNESS = "psql -h /var/run/postgresql -U autobot_slm autobot_slm -c 'select pg_sleep(86400)'"
+SEEN = "select pid, backend_start from pg_stat_activity where application_name = 'witness'"
+FILES = "cd /etc/postgresql/*/main && ls -i conf.d/* pg_*.conf && cat conf.d/* pg_*.conf"
+
+
+@pytest.fixture(scope="module")
+def host(boot, applied_layers):
+    made = boot(applied_layers("trixie"))
+    made.push_formula()
+    made.run("systemctl start autobot-slm-database && until pg_isready -q; do sleep 0.1; done")
+    made.run(f"PGAPPNAME=witness setsid {WITNESS} > /dev/null 2>&1 < /dev/null &")
+    made.run("sleep 0.5; until pg_isready -q; do sleep 0.1; done")
+    yield made
+    made.close()
+
+
+def told(host, pillar, sls="slm_database.access"):
+    """Apply the components up to the access rules, and return what each state said."""
+    words = [f"{FORMULA}/bin/salt-call", "--out=json", "state.apply", sls]
+    words.append("pillar=" + json.dumps({"slm_database": pillar}))
+    return json.loads(host.run(words, check=False).stdout)["local"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_case_leaves_everything_as_it_was(host, case):
+    """One line with the pillar key; the session of before is the same, and others can log in."""
+    pillar, words = CASES[case]
+    before = (host.run(FILES).stdout, database.sql(host, SEEN), database.postmaster(host))
+    assert before[1] != ""
+    comments = "\n".join(str(line) for line in database.failed(told(host, pillar)).values())
+    assert re.search(words, comments), comments
+    after = (host.run(FILES).stdout, database.sql(host, SEEN), database.postmaster(host))
+    assert after == before
+    assert database.ready(host) == database.READY
+
+
+def test_after_all_that_the_host_is_healthy_and_a_run_changes_nothing(host):
+    """The last good configuration is in force, and no attempt left anything behind."""
+    assert database.changed(told(host, {}, "slm_database")) == set()
+    status, report = database.health(host)
+    assert (status, report["problems"], report["pending"]) == (0, [], [])
+    assert host.run("ls -A /var/lib/postgresql").stdout.split() == ["17"]
+
+
+@pytest.mark.parametrize("verb", ["restart", "start"])
+def test_a_start_that_fails_all_the_same_goes_back_to_the_last_good_configuration(host, verb):
+    """Somebody broke our file by hand: the server is up again within 30 s of the failure."""
+    conf = "/etc/postgresql/17/main/conf.d/50-autobot-slm.conf"
+    good = host.read(conf)
+    host.write(conf, f"{good}shared_preload_libraries = 'nosuch'\n")
+    if verb == "start":
+        host.run("systemctl stop autobot-slm-database")
+    words = [f"{FORMULA}/bin/salt-call", "--out=json", f"slmdb_lastgood.{verb}"]
+    answer = host.run(words, check=False, timeout=60)
+    assert answer.returncode != 0
+    said = re.search(r"nosuch.*in force again, the server was away for (\d+) s", answer.stderr)
+    assert said, answer.stderr
+    assert int(said[1]) < 30
+    assert host.read(conf) == good
+    assert database.active(host) == "active" and database.ready(host) == database.READY
+
+
+def test_what_waits_for_a_restart_waits_until_it_is_permitted(host):
+    """A run parks it; restart: now carries it out, once."""
+    settings = {"settings": {"shared_buffers": "200MB"}}
+    before = database.postmaster(host)
+    assert database.failed(told(host, settings, "slm_database.service")) == {}
+    assert database.postmaster(host) == before
+    _, report = database.health(host)
+    (row,) = report["pending"]
+    assert (row["name"], row["new"]) == ("shared_buffers", "200MB")
+    settings["restart"] = "now"
+    assert database.failed(told(host, settings, "slm_database.service")) == {}
+    assert database.postmaster(host) != before
+    assert database.sql(host, "show shared_buffers") == "200MB"
+    assert database.changed(told(host, settings, "slm_database.service")) == set()
