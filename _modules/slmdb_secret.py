@@ -25,8 +25,11 @@ def __virtual__() -> str:
     return __virtualname__
 
 
-class _Sealed:
-    """A mapping that shows nothing of itself when it is printed or sent."""
+class _Sealed(str):
+    """A mapping that is a word without a secret to whoever prints or sends it."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls, "<sealed>")
 
     def __init__(self, values: dict[str, str]):
         self._values = values
@@ -34,11 +37,8 @@ class _Sealed:
     def keys(self) -> Iterator[str]:
         return iter(self._values)
 
-    def __getitem__(self, key: str) -> str:
+    def __getitem__(self, key: Any) -> str:
         return self._values[key]
-
-    def __repr__(self) -> str:
-        return "<sealed>"
 
 
 def _targets(given: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import pwd
 import stat
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from salt.exceptions import CommandExecutionError
 
@@ -29,8 +30,11 @@ def __virtual__() -> str:
     return __virtualname__
 
 
-class Store:
-    """One environment file: its bytes, the values they mean, and the one way to change them."""
+class Store(str):
+    """One environment file; to whoever prints or sends it, a word without a secret."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls, "<sealed>")
 
     def __init__(self, path: str):
         self.path = path
@@ -79,9 +83,9 @@ class Store:
     def save(self, changes: dict[str, str | None], owner: str, group: str, mode: str) -> None:
         """Set (or with None remove) keys and write the file with these owners and this mode."""
         data = __salt__["slmdb_envfile.edit"](self.data, changes)
-        self.replace(data, owner, group, mode)
+        self.exchange(data, owner, group, mode)
 
-    def replace(self, data: bytes | None, owner: str, group: str, mode: str) -> None:
+    def exchange(self, data: bytes | None, owner: str, group: str, mode: str) -> None:
         """Put other bytes in the place of the file in one step; None removes it."""
         identity = (pwd.getpwnam(owner).pw_uid, grp.getgrnam(group).gr_gid)
         try:

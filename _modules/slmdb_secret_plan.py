@@ -165,8 +165,11 @@ def _adopted(path: str) -> str:
     return values["SLM_DB_PASSWORD"]
 
 
-class Plan:
-    """What is to be done for one role: edits, a new verifier, a rotation, or nothing."""
+class Plan(str):
+    """What is to be done for one role; to whoever prints or sends it, a word without a secret."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls, "<sealed>")
 
     def __init__(self, want: dict[str, Any], store: Any, server: bool):
         self.want, self.store, self.server = want, store, server
@@ -354,8 +357,11 @@ def _day(found: Any) -> str:
     return moment.date().isoformat()
 
 
-class Supplied:
-    """A password that the operator supplies by the name of a pillar key; None if there is none."""
+class Supplied(str):
+    """A password that the operator supplies; to whoever prints or sends it, a word without it."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls, "<sealed>")
 
     def __init__(self, password: str | None):
         self.password = password

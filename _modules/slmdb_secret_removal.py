@@ -73,7 +73,7 @@ def apply() -> None:
             data = __salt__["slmdb_envfile.edit"](store.data, dict.fromkeys(keys))
             found = store.ownership()
             left = data if data.strip() else None
-            store.replace(left, found["owner"], found["group"], found["mode"])
+            store.exchange(left, found["owner"], found["group"], found["mode"])
 
 
 def _targets() -> list[dict[str, Any]]:
