@@ -85,8 +85,17 @@ def test_a_rule_by_hand_is_seen_by_the_matrix_and_undone(settled):
     wrong = [row for row in settled.call("slmdb_access.matrix") if not row["right"]]
     assert [row["login"] for row in wrong] == ["postgres over 127.0.0.1"]
     assert wrong[0]["key"] == "line 1"
-    assert run(settled) == {"slmdb_access.applied"}
+    assert run(settled) == {"slmdb_access"}
     assert all(row["right"] for row in settled.call("slmdb_access.matrix"))
+
+
+def test_debian_s_own_rules_are_judged_too(settled):
+    """Before the formula: root comes in as postgres by no rule, whoever it is."""
+    HBA.write_text("local all postgres peer\nlocal all all peer\n")
+    rows = {row["login"]: row for row in settled.call("slmdb_access.matrix")}
+    assert rows["root over the socket as postgres"]["judged"] == "refused"
+    assert rows["the application over the socket"]["judged"] == "refused"
+    assert rows["postgres over 127.0.0.1"]["right"] is True
 
 
 def test_an_error_in_the_file_is_named_with_its_line(settled):
@@ -100,7 +109,7 @@ def test_hardened_lets_the_backend_s_user_in_and_nobody_else(settled):
     """Peer instead of trust: who connects decides."""
     hba = {"preset": "hardened", "backend_user": "www-data"}
     tell(settled, hba=hba)
-    assert run(settled) == {"slmdb_access.applied"}
+    assert run(settled) == {"slmdb_access"}
     assert refused(host="/var/run/postgresql", user="autobot_slm", dbname="autobot_slm")
     assert run(settled) == set()
     # The other way round: the map admits somebody else, and the run says so.
@@ -122,7 +131,7 @@ def test_extra_rules_come_where_they_should_and_shadowed_ones_are_named(settled)
             "after": [{**rule, "address": "10.2.0.0/16"}, {**late, "address": "127.0.0.1/32"}],
         },
     )
-    assert run(settled) == {"slmdb_access.applied"}
+    assert run(settled) == {"slmdb_access"}
     lines = [line for line in HBA.read_text().splitlines() if not line.startswith("#")]
     assert lines[0] == "host reports reader 10.1.0.0/16 scram-sha-256"
     assert lines[6] == "host reports reader 10.2.0.0/16 scram-sha-256"
