@@ -140,7 +140,7 @@ def test_a_killed_server_comes_back(first, host):
     [
         ("{slm_database: {prot: 5433}}", "slm_database:prot"),
         ("{slm_database: {port: 70000}}", "slm_database:port"),
-        ("{slm_database: {listen_addresses: ['0.0.0.0']}}", "slm_database:listen_addresses"),
+        ("{slm_database: {listen_addresses: ['0.0.0.0']}}", "slm_database:listen_addresses:0"),
         ('{slm_database: {role: "x\'y"}}', "slm_database:role"),
         ("{slm_database: [1, 2]}", "slm_database"),
     ],
@@ -151,7 +151,7 @@ def test_a_wrong_pillar_touches_nothing(first, host, pillar, key):
     answer = database.apply(host, f"pillar={pillar}", check=False)
     assert answer.returncode != 0
     assert "Traceback" not in answer.stdout + answer.stderr
-    assert len([line for line in answer.stdout.splitlines() if f"{key}:" in line]) == 1
+    assert len([line for line in answer.stdout.splitlines() if f"Comment: {key}:" in line]) == 1
     after = host.snapshot("/etc", "/var/lib")
     assert {name for name in before | after if before.get(name) != after.get(name)} <= {
         name for name in before | after if name.startswith("/var/lib/postgresql/")
