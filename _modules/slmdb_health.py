@@ -275,7 +275,7 @@ def empty() -> dict[str, Any]:
         "problems": [],
         "warnings": [],
         "server": {},
-        "access": {"addresses": [], "rule_errors": [], "matrix": []},
+        "access": {"addresses": [], "rule_errors": [], "shadowed": [], "matrix": []},
         "migration": {},
         "tables": {"expected": [], "missing": None},
         "capacity": {},
@@ -359,6 +359,7 @@ def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:
     access = answer["access"]
     access["rule_errors"] = parts.get("access", __salt__["slmdb_access.rule_errors"], default=[])
     access["matrix"] = parts.get("access", __salt__["slmdb_access.matrix"], default=[])
+    access["shadowed"] = parts.get("access", __salt__["slmdb_access.shadowed"], default=[])
     answer["pending"] = parts.get("pending", __salt__["slmdb_config.pending"], default=[])
     answer["foreign"] = parts.get("foreign", __salt__["slmdb_config.foreign"], default=[])
     answer["fixed"] = parts.get("instance", __salt__["slmdb_instance.report"], default=[])

@@ -45,6 +45,7 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
     for part in (_secret, _upkeep, _capacity):
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
+    warnings += [f"access rule: {line}" for line in report["access"]["shadowed"]]
     warnings += [*_tables(report), *_migration(report), *_waiting(report)]
     return {"problems": problems, "warnings": warnings}
 
@@ -149,6 +150,8 @@ def _upkeep(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     if not secret:
         return
     file = secret["file"]
+    if secret["exists"] and secret["in_step"] is None and report["server"]["role_may_log_in"]:
+        yield False, f"{file}: the password could not be compared with the server's"
     for name in secret["url_stale"]:
         yield False, f"{file}: {name} holds another password than the one in force"
     if secret["exists"] and secret["missing_keys"]:

@@ -29,7 +29,7 @@ WELL = {
             "is_the_server": True,
         },
     },
-    "access": {"addresses": ["127.0.0.1", "::1"], "rule_errors": [], "matrix": []},
+    "access": {"addresses": ["127.0.0.1", "::1"], "rule_errors": [], "shadowed": [], "matrix": []},
     "migration": {"state": "up to date", "heads": ["a1"], "comment": "well"},
     "tables": {"expected": ["nodes"], "missing": []},
     "capacity": {
@@ -126,7 +126,9 @@ def test_a_problem(judge, path, value, words):
     [
         ("server.unit.enabled", "disabled", "does not start at boot: it is disabled"),
         ("access.addresses", ["127.0.0.1"], "nothing listens on ::1"),
+        ("access.shadowed", ["line 2 never counts"], "access rule: line 2 never counts"),
         ("secret.mode", "0600", "mode is 0600"),
+        ("secret.in_step", None, "could not be compared with the server's"),
         ("secret.owner", "backend", "owner is backend"),
         ("secret.missing_keys", ["SLM_SECRET_KEY"], "own keys are missing: SLM_SECRET_KEY"),
         ("secret.url_stale", ["DATABASE_URL"], "DATABASE_URL holds another password"),
