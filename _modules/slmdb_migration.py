@@ -284,9 +284,9 @@ def differences(target: str | None = None) -> dict[str, Any]:
         As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
 
     Returns ``{what: {"old": …, "new": …}}``: ``tables`` if ``initialize()`` runs first,
-    ``revision`` with every revision in order and its message; empty if nothing is to be done, or
-    if the backend tracks its migrations itself. Raises ``CommandExecutionError`` if it cannot be
-    done.
+    ``revision`` with every revision in order and its message; empty if nothing is to be done, if
+    the backend tracks its migrations itself, or if it is not deployed. Raises
+    ``CommandExecutionError`` if it cannot be done.
     """
     target = target or __salt__["slmdb_pillar.get"]("migration", "target")
     if target.startswith("+"):
@@ -294,6 +294,8 @@ def differences(target: str | None = None) -> dict[str, Any]:
             f"slm_database:migration:target: {target} is a step, not a place, and a state applied "
             "twice would go twice; name a revision, or call slmdb_migration.apply"
         )
+    if not __salt__["slmdb_alembic.facts"]()["deployed"]:
+        return {}
     found = plan(target)
     if found["refused"]:
         raise CommandExecutionError(found["refused"])

@@ -13,7 +13,8 @@ def __virtual__() -> str:
 
 def applied(name: str, target: str | None = None) -> dict:
     """
-    The backend's migrations have run, after its tables were made.
+    The backend's migrations have run, after its tables were made. A backend that is not deployed
+    has none.
 
     name
         The state's name.
@@ -30,5 +31,5 @@ def applied(name: str, target: str | None = None) -> dict:
     wanted = {"target": target} if target else {}
     answer = __states__["slmdb.converge"](name, "slmdb_migration", wanted, server=True)
     if answer["result"]:
-        answer["comment"] += f" {__salt__['slmdb_migration.summary']()}"
+        answer["comment"] = __salt__["slmdb_migration.summary"]()
     return answer

@@ -375,9 +375,15 @@ def test_what_is_in_the_way_is_named(minion):
     assert "Alembic is not installed in it" in refused(minion)
     (backend.DIRECTORY / "alembic.ini").unlink()
     assert "has no Alembic project" in refused(minion)
-    backend.remove()
-    assert "The backend is not deployed" in refused(minion)
     assert tables(minion) == set()
+
+
+def test_a_backend_that_is_not_deployed_has_nothing_to_migrate(minion):
+    backend.remove()
+    answer = apply(minion)
+    assert (answer["result"], answer["changes"]) == (True, {})
+    assert answer["comment"].startswith("The backend is not deployed: there is no ")
+    assert "not deployed" in minion.call("slmdb_migration.plan")["refused"]
 
 
 def test_a_stopped_server_is_a_plain_answer(minion):
