@@ -4,7 +4,6 @@ The server's configuration: one file in ``conf.d``, which the server itself judg
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -18,7 +17,6 @@ TUNED = "slm_database:tuning:profile"
 MEMORY = "# Made for a memory of {}MB.\n"
 PATIENCE = 15
 MODE = "0644"
-SINCE = "/var/lib/autobot-slm-database/pending.json"
 
 
 def __virtual__() -> str:
@@ -177,7 +175,7 @@ def _objections(answer: dict[str, Any]) -> list[str]:
         )
     too_much = __salt__["slmdb_limits.memory"](loaded, _host()["memory"])
     pages = __salt__["slmdb_limits.huge_pages"](
-        loaded, wanted().get("huge_pages", "try"), _held_pages()
+        loaded, wanted().get("huge_pages", "try"), __salt__["slmdb_limits.held_huge_pages"]()
     )
     if pages:
         too_much["huge_pages"] = pages
@@ -223,19 +221,6 @@ def _blame(words: str) -> str:
     if "shared memory" in words:
         return _key("shared_buffers")
     return "slm_database:settings"
-
-
-def _held_pages() -> int:
-    """Return the huge pages that the running server holds."""
-    statement = (
-        "SELECT setting::int AS pages FROM pg_settings "
-        "WHERE name = 'shared_memory_size_in_huge_pages' "
-        "AND current_setting('huge_pages') = 'on'"
-    )
-    if not __salt__["slmdb_server.available"]():
-        return 0
-    rows = __salt__["slmdb_server.query"](statement)
-    return max(rows[0]["pages"], 0) if rows else 0
 
 
 def _loaded() -> dict[str, dict[str, Any]]:
@@ -358,7 +343,7 @@ def apply() -> None:
     if __salt__["slmdb_server.available"]():
         load([found["conf_file"]])
         _look(found)
-        _remember()
+        __salt__["slmdb_since.remember"](pending())
 
 
 def _write(found: dict[str, Any], data: bytes) -> None:
@@ -430,22 +415,6 @@ def _look(found: dict[str, Any]) -> None:
     _refuse(missing)
 
 
-def _remember() -> None:
-    """Keep since when each setting waits for a restart."""
-    kept = {row["name"]: {"new": row["new"], "since": row["since"]} for row in pending()}
-    data = (json.dumps(kept, sort_keys=True) + "\n").encode()
-    if kept or __salt__["slmdb_file.read"](SINCE):
-        __salt__["slmdb_file.write"](SINCE, data)
-
-
-def _remembered() -> dict[str, dict[str, str]]:
-    try:
-        kept = json.loads(__salt__["slmdb_file.read"](SINCE) or b"{}")
-    except ValueError:
-        return {}
-    return kept if isinstance(kept, dict) else {}
-
-
 def waiting() -> list[dict[str, Any]]:
     """
     Return what a restart would bring: what waits for one, and what will once our file is written.
@@ -492,23 +461,12 @@ def pending() -> list[dict[str, Any]]:
         "FROM pg_file_settings ORDER BY name, seqno DESC) f USING (name) "
         "WHERE s.pending_restart ORDER BY s.name"
     )
-    ours, kept = _facts()["conf_file"], _remembered()
-    found = []
+    ours, found = _facts()["conf_file"], []
     for row in rows:
         new = row["new"] if row["new"] is not None else "the default"
-        before = kept.get(row["name"], {})
-        since = before.get("since") if before.get("new") == new else None
-        since = since or _written(row["file"] or ours)
+        since = __salt__["slmdb_since.when"](row["name"], new, row["file"] or ours)
         found.append({"name": row["name"], "old": row["old"], "new": new, "since": since})
     return found
-
-
-def _written(path: str) -> str:
-    try:
-        moment = time.gmtime(os.stat(path).st_mtime)
-    except OSError:
-        moment = time.gmtime()
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)
 
 
 def foreign() -> list[dict[str, Any]]:

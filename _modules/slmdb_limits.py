@@ -156,6 +156,26 @@ def huge_pages(loaded: dict[str, dict[str, Any]], wanted: str, held: int) -> str
     return f"{needed} huge pages are needed, the kernel has {there} (vm.nr_hugepages)"
 
 
+def held_huge_pages() -> int:
+    """
+    Return the huge pages that the running server holds, and gives back when it restarts.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_limits.held_huge_pages
+    """
+    if not __salt__["slmdb_server.available"]():
+        return 0
+    rows = __salt__["slmdb_server.query"](
+        "SELECT setting::int AS pages FROM pg_settings "
+        "WHERE name = 'shared_memory_size_in_huge_pages' "
+        "AND current_setting('huge_pages') = 'on'"
+    )
+    return max(rows[0]["pages"], 0) if rows else 0
+
+
 def _free_huge_pages() -> int:
     with open("/proc/meminfo", encoding="ascii") as stream:
         values = dict(line.split(":", 1) for line in stream if ":" in line)
