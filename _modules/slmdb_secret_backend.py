@@ -13,6 +13,7 @@ __virtualname__ = "slmdb_secret_backend"
 
 _PATIENCE = 30
 _PAUSE = 0.02
+_RUNNING = ("active", "reloading", "activating")
 _SESSIONS = """
 SELECT count(*) FILTER (WHERE client_addr IS NOT NULL) AS remote, count(*) AS every
 FROM pg_catalog.pg_stat_activity
@@ -37,7 +38,7 @@ def _state() -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _skipped(want: dict[str, Any]) -> str | None:
+def _skipped(want: dict[str, Any], states: tuple[str, ...] = _RUNNING) -> str | None:
     """Say why the backend is left alone; None if it is not."""
     if want["rotate_backend"] == "none":
         return "left alone (secret:rotate_backend is none)"
@@ -46,7 +47,7 @@ def _skipped(want: dict[str, Any]) -> str | None:
     state = _state()
     if state.get("LoadState") != "loaded":
         return "not deployed: restart skipped"
-    if state.get("ActiveState") not in ("active", "reloading", "activating"):
+    if state.get("ActiveState") not in states:
         return "not running: restart skipped"
     return None
 
@@ -69,14 +70,12 @@ def intention(want: dict[str, Any]) -> str:
     return _skipped(want) or f"{want['rotate_backend']} {_unit()}"
 
 
-def renew(want: dict[str, Any], proof: bool = True) -> str:
+def renew(want: dict[str, Any]) -> str:
     """
     Let the backend read the secret file again, and wait until it has logged in.
 
     want
         What ``slmdb_secret_plan.wanted`` returns.
-    proof
-        False does not wait, and does not complain.
 
     Returns a few words about what was done. Raises ``CommandExecutionError`` if the backend does
     not come back or makes no connection.
@@ -96,14 +95,37 @@ def renew(want: dict[str, Any], proof: bool = True) -> str:
     local_only = before["every"] > 0 and before["remote"] == 0
     command = ["systemctl", verb, _unit()]
     answer = __salt__["cmd.run_all"](command, python_shell=False, ignore_retcode=True)
-    if not proof:
-        return verb
     if answer["retcode"]:
         raise CommandExecutionError(
             f"systemctl {verb} {_unit()} failed; see journalctl -u {_unit()}"
         )
     _wait_for_session(want["role"], began, local_only)
     return f"{verb}ed, and it logged in" if verb != "restart" else "restarted, and it logged in"
+
+
+def restore(want: dict[str, Any], touched: bool) -> None:
+    """
+    Let the backend have the old password again; one that failed with the new one is started again.
+
+    want
+        What ``slmdb_secret_plan.wanted`` returns.
+    touched
+        Whether this rotation restarted it: then it is started even if it ended without error.
+
+    Returns nothing and raises nothing: the old password is in force whatever the backend does.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_secret_backend.restore "$WANTED" False
+    """
+    states = (*_RUNNING, "failed", *(("inactive",) if touched else ()))
+    if _skipped(want, states):
+        return
+    verb = want["rotate_backend"] if _state().get("ActiveState") in _RUNNING else "restart"
+    for words in (["reset-failed", _unit()], [verb, _unit()]):
+        __salt__["cmd.run_all"](["systemctl", *words], python_shell=False, ignore_retcode=True)
 
 
 def _sessions(role: str, since: Any) -> dict[str, int]:

@@ -38,6 +38,7 @@ class _Rotation:
     def __init__(self, plan: Any):
         self.plan, self.want, self.store = plan, plan.want, plan.store
         self.login_works = self._login(plan.password) is True
+        self.touched = False
         self.report: dict[str, Any] = {"role": self.want["role"], "file": self.want["file"]}
 
     def begin(self, new: str) -> None:
@@ -52,6 +53,7 @@ class _Rotation:
     def settle(self, old: str, new: str) -> dict[str, Any]:
         """Prove the new password with the backend; undo everything if it does not work."""
         try:
+            self.touched = "skipped" not in __salt__["slmdb_secret_backend.intention"](self.want)
             self.report["backend"] = __salt__["slmdb_secret_backend.renew"](self.want)
             self._prove(new)
         except CommandExecutionError as err:
@@ -65,7 +67,7 @@ class _Rotation:
         """Go back to the old password in the server, in the file and in the backend."""
         self._put(old)
         self._save({self.want["key"]: old, **self._urls(old), **self._without_helpers()})
-        __salt__["slmdb_secret_backend.renew"](self.want, proof=False)
+        __salt__["slmdb_secret_backend.restore"](self.want, self.touched)
 
     def drop(self) -> dict[str, Any]:
         """Forget the next password, which was never in force."""
