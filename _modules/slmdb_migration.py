@@ -20,8 +20,9 @@ __func_alias__ = {"script": "sql"}
 TABLES = """
 SELECT n.nspname AS schema, c.relname AS name
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind IN ('r', 'p') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
-   AND ((n.nspname = %s AND c.relname = %s) OR c.relname = 'migrations_applied')
+ WHERE c.relname IN (%(table)s, 'migrations_applied')  -- an index finds it among many tables
+   AND c.relkind IN ('r', 'p') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+   AND (c.relname = 'migrations_applied' OR n.nspname = %(schema)s)
  ORDER BY 1, 2
 """
 APPLIED = "SELECT name FROM {}.migrations_applied ORDER BY applied_at, name"
@@ -73,7 +74,7 @@ def tracked() -> dict[str, Any]:
     schema, table = wanted["version_schema"], wanted["version_table"]
     query, where = __salt__["slmdb_server.query"], database()
     answer: dict[str, Any] = {"tracked_by": [], "alembic": False, "current": [], "applied": []}
-    for row in query(TABLES, [schema, table], database=where):
+    for row in query(TABLES, {"schema": schema, "table": table}, database=where):
         answer["tracked_by"].append(f"{row['schema']}.{row['name']}")
         if (row["schema"], row["name"]) == (schema, table):
             rows = query(_composed("SELECT version_num FROM {}.{}", schema, table), database=where)
