@@ -71,7 +71,7 @@ def test_clean_keeps_what_is_precious(applied_host):
     password = host.read(secret)
     identifier = database.system_identifier(host)
     cleaned = database.apply(host, "slm_database.clean")
-    for kept in ("/var/lib/postgresql", "autobot_slm", secret):
+    for kept in ("clean:data", "role autobot_slm", secret):
         assert kept in cleaned.stdout
     assert host.read(secret) == password
     assert database.system_identifier(host) == identifier
