@@ -42,6 +42,8 @@ def names() -> list[str]:
         wanted.append(get("distribution", "contrib"))
     if _system_python():
         wanted.append("python3-psycopg2")
+    if get("backup", "enabled"):
+        wanted.append("pgbackrest")
     return wanted + [name for name in get("packages") if name not in wanted]
 
 

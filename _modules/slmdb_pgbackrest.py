@@ -26,6 +26,7 @@ KEY = f"{INCLUDED}/key.conf"
 STANZA = "autobot-slm"
 WORK = "/var/lib/autobot-slm-database/pgbackrest"
 LOGS = "/var/log/pgbackrest"
+UNREADABLE = 99  # pgBackRest's status of a repository that it could not read
 CONFIGURED = [
     PROGRAM,
     f"--config={CONFIG}",
@@ -191,6 +192,24 @@ def _make(path: str, owner: str, group: str, mode: int) -> None:
         raise CommandExecutionError(f"{path}: cannot be made: {err.strerror}") from err
 
 
+def line(verb: str, *options: str) -> list[str]:
+    """
+    Return a command line of pgBackRest with our configuration, for whoever runs as the server.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.line backup
+
+    verb
+        pgBackRest's command.
+    options
+        Its options.
+    """
+    return [*CONFIGURED, *options, verb]
+
+
 def command(*words: str) -> list[str]:
     """
     Return a command line that runs as the server's user and ends with us.
@@ -232,16 +251,17 @@ def run(verb: str, *options: str, timeout: float | None = None) -> str:
         raise CommandExecutionError(
             f"{CONFIG} does not exist; set slm_database:backup:enabled and apply the formula"
         )
-    line = command(*CONFIGURED, *options, "--log-level-stderr=warn", verb)
+    words = command(*line(verb, *options, "--log-level-stderr=warn"))
     environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C.UTF-8"}
     try:
         done = subprocess.run(
-            line,
+            words,
             cwd="/",
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=timeout,
             check=False,
         )
@@ -257,10 +277,10 @@ def run(verb: str, *options: str, timeout: float | None = None) -> str:
 def _why(text: str) -> str:
     """The first error in one line, with advice where the words alone would mislead."""
     match = _CAUSE.search(text) or _ERROR.search(text)
-    line = match[1] if match else (text.strip().splitlines() or ["no output"])[-1]
-    if re.search(r"cipher|decrypt|flush", line):
-        line += f"; {KEY} is not the key that this repository was made with"
-    return line
+    # What another key makes of a file is noise, and now and then no text at all.
+    if re.search(r"cipher|decrypt|flush", text) or "\N{REPLACEMENT CHARACTER}" in text:
+        return f"the repository cannot be read: {KEY} is not the key that it was made with"
+    return match[1] if match else (text.strip().splitlines() or ["no output"])[-1]
 
 
 def info(timeout: float | None = None) -> dict[str, Any]:
@@ -279,7 +299,11 @@ def info(timeout: float | None = None) -> dict[str, Any]:
     Returns pgBackRest's own structure: ``status``, ``archive``, ``backup``, ``repo`` and more.
     Raises ``CommandExecutionError`` if it fails.
     """
-    answer = json.loads(run("info", "--output=json", timeout=timeout) or "[]")
+    # What it cannot decrypt it quotes as it is, control characters and all.
+    answer = json.loads(run("info", "--output=json", timeout=timeout) or "[]", strict=False)
+    for repository in answer[0].get("repo", []) if answer else []:
+        if repository["status"]["code"] == UNREADABLE:
+            raise CommandExecutionError(_why(repository["status"]["message"]))
     missing = {"status": {"code": 1, "message": "missing stanza"}}
     found = answer[0] if answer else missing
     return {"archive": [], "backup": [], "repo": [], **found}

@@ -168,16 +168,12 @@ SCHEMA: dict[str, Any] = {
         "retention": {
             "full": ("integer", 1, 1000),
             "differential": ("integer", 1, 1000),
-            "dumps": ("integer", 1, 1000),
         },
         "schedule": {
             "full": ("null", "moment"),
             "differential": ("null", "moment"),
-            "dump": ("null", "moment"),
-            "drill": ("null", "moment"),
         },
         "queue_limit": "size",
-        "limits": {"backup": "duration", "archive": "duration", "restore": "duration"},
     },
     "clean": {"data": "boolean", "role": "boolean", "secret": "boolean", "packages": "boolean"},
 }

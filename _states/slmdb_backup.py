@@ -1,5 +1,5 @@
 """
-Backups: the engine is configured, the repository knows the instance.
+Backups: the engine is configured, the repository knows the instance, timers run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,27 @@ def present(name: str) -> dict:
     """
     verbs = ("missing_stanza", "create_stanza")
     return __states__["slmdb.converge"](name, "slmdb_pgbackrest", verbs=verbs)
+
+
+def scheduled(name: str) -> dict:
+    """
+    Backups are made when the schedule says so.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    return __states__["slmdb.converge"](name, "slmdb_backup_schedule")
+
+
+def unscheduled(name: str) -> dict:
+    """
+    No timer makes backups.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    """
+    verbs = ("leftovers", "remove")
+    return __states__["slmdb.converge"](name, "slmdb_backup_schedule", verbs=verbs)
 
 
 def absent(name: str) -> dict:

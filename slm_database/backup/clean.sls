@@ -2,7 +2,12 @@
 include:
   - slm_database.check
 
-No backups are made:
-  slmdb_backup.absent:
+No timer makes backups:
+  slmdb_backup.unscheduled:
     - require:
       - slmdb_pillar: The pillar is valid
+
+The backup engine has no configuration of ours:
+  slmdb_backup.absent:
+    - require:
+      - slmdb_backup: No timer makes backups

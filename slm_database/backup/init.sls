@@ -13,3 +13,8 @@ The repository knows the instance:
   slmdb_backup.present:
     - require:
       - slmdb_backup: The backup engine is configured
+
+Backups are made when the schedule says so:
+  slmdb_backup.scheduled:
+    - require:
+      - slmdb_backup: The repository knows the instance

@@ -1,4 +1,4 @@
-"""Backups by pgBackRest: configured, made, listed, described, verified; and what stands in the way."""
+"""Backups by pgBackRest: configured, made, listed, described, verified, or refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.support import world as worlds
 REPOSITORY = Path("/var/lib/pgbackrest")
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 PILLAR = {"slm_database": {"backup": {"enabled": True}}}
-STATES = ("slmdb_backup.configured", "slmdb_backup.present")
+STATES = ("slmdb_backup.configured", "slmdb_backup.present", "slmdb_backup.scheduled")
+CRON = Path("/etc/cron.d/autobot-slm-backup")
 FIRST = ("slmdb_config.applied", "slmdb_access.applied", "slmdb_service.running")
 
 
@@ -23,10 +24,12 @@ def run(minion, *states, **keywords):
 
 
 @pytest.fixture
-def archiving(instance, minions):
+def archiving(minions):
     """A running server that archives to a repository which does not know it yet."""
     if "archiving" not in worlds.STATE["snapshots"]:
+        worlds.fresh()  # a snapshot has no other below it
         minion = minions(PILLAR)
+        minion.call("slmdb_instance.apply")
         assert all(result.result for result in run(minion, *FIRST).values())
         minion.call("slmdb_server.forget")
         minion.call("slmdb_service.stop")
@@ -145,6 +148,41 @@ def test_what_cannot_be_is_refused_in_one_line(ready):
     assert "\n" not in str(caught.value) and "another" not in str(caught.value)
 
 
+def test_the_schedule_is_cron_s_where_systemd_does_not_run(ready, minions):
+    """Two lines that run pgBackRest as the server's user; a time of null takes one away."""
+    lines = CRON.read_text().splitlines()[2:]
+    assert [line.split(" nice ")[0] for line in lines] == [
+        "30 1 * * 0 postgres",
+        "30 1 * * 1,2,3,4,5,6 postgres",
+    ]
+    subprocess.run(
+        ["runuser", "-u", "postgres", "--", "sh", "-c", lines[0].split("postgres ", 1)[1]],
+        check=True,
+        cwd="/",
+    )
+    assert [row["type"] for row in ready.call("slmdb_backup.list")] == ["full"]
+    backup = {"enabled": True, "schedule": {"full": None, "differential": None}}
+    minions({"slm_database": {"backup": backup}})
+    result = ready.state("slmdb_backup.scheduled")
+    assert (result.result, list(result.changes)) == (True, [str(CRON)])
+    assert not CRON.exists()
+
+
+@pytest.mark.parametrize(
+    "when, calendar, cron",
+    [
+        ("daily 02:30", "*-*-* 02:30:00", "30 2 * * *"),
+        ("Sun 01:05", "Sun *-*-* 01:05:00", "5 1 * * 0"),
+        ("Fri-Mon 23:00", "Fri..Mon *-*-* 23:00:00", "0 23 * * 0,1,5,6"),
+        ("Mon,Wed-Thu 00:00", "Mon,Wed..Thu *-*-* 00:00:00", "0 0 * * 1,3,4"),
+    ],
+)
+def test_a_time_of_the_week_is_said_in_both_languages(shared_server, when, calendar, cron):
+    """systemd's and cron's."""
+    assert shared_server.call("slmdb_backup_schedule.calendar", when) == calendar
+    assert shared_server.call("slmdb_backup_schedule.cron", when) == cron
+
+
 def test_a_full_disk_is_refused_before_the_backup(ready):
     """The repository's disk is asked first."""
     ready.call("slmdb_backup.create")
@@ -177,6 +215,8 @@ def test_a_server_that_does_not_archive_yet_says_why(server, minions):
 def test_clean_keeps_the_repository_and_its_key(ready):
     """Our configuration goes, what was saved stays."""
     ready.call("slmdb_backup.create")
+    assert ready.state("slmdb_backup.unscheduled").result is True
+    assert ready.state("slmdb_backup.unscheduled").changes == {} and not CRON.exists()
     assert ready.state("slmdb_backup.absent").result is True
     assert ready.state("slmdb_backup.absent").changes == {}
     assert not Path("/etc/pgbackrest/autobot-slm.conf").exists()

@@ -1,0 +1,195 @@
+"""Restores: exactly what was there, beside the instance or in its place, or a refusal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import psycopg2
+import pytest
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+from tests.support import world as worlds
+
+PILLAR = {"slm_database": {"backup": {"enabled": True}}}
+STATES = (
+    "slmdb_config.applied",
+    "slmdb_access.applied",
+    "slmdb_service.running",
+    "slmdb_backup.configured",
+    "slmdb_backup.present",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _backed_up(minions):
+    """A host with a table of one row and a backup, kept for the tests of this module."""
+    worlds.fresh()
+    minion = minions(PILLAR)
+    minion.call("slmdb_instance.apply")
+    for state in STATES:
+        result = minion.state(state)
+        assert result.result is True, result
+    minion.call("slmdb_server.execute", "CREATE TABLE log (entry text)")
+    write(minion, "before the backup")
+    minion.call("slmdb_backup.create")
+    minion.call("slmdb_server.forget")
+    minion.call("slmdb_service.stop")
+    worlds.keep("backed up")
+
+
+@pytest.fixture
+def host(minions):
+    """That host, running."""
+    worlds.fresh("backed up")
+    minion = minions(PILLAR)
+    minion.call("slmdb_service.start")
+    yield minion
+    minion.call("slmdb_server.forget")
+
+
+def movable(minion):
+    """An overlay cannot rename a directory that lies in a layer below."""
+    minion.call("slmdb_server.forget")
+    minion.call("slmdb_service.stop")
+    data = "/var/lib/postgresql/15/main"
+    subprocess.run(["cp", "-a", data, f"{data}.copy"], check=True)
+    subprocess.run(["rm", "-r", data], check=True)
+    subprocess.run(["mv", f"{data}.copy", data], check=True)
+    minion.call("slmdb_service.start")
+
+
+def write(minion, entry):
+    minion.call("slmdb_server.execute", "INSERT INTO log VALUES (%s)", [entry])
+
+
+def entries(minion, port=5432):
+    connection = minion.call("slmdb_server.connect", port=port)
+    with connection, connection.cursor() as cursor:
+        cursor.execute("SELECT entry FROM log ORDER BY ctid")
+        rows = [row[0] for row in cursor.fetchall()]
+    connection.close()
+    return rows
+
+
+def moment(minion):
+    return minion.call("slmdb_server.query", "SELECT clock_timestamp()::text AS at")[0]["at"]
+
+
+def test_the_latest_is_restored_beside_and_the_instance_goes_on(host):
+    """Every commit is there, the copy archives nothing, and goes by the command it names."""
+    write(host, "after the backup")
+    answer = host.call("slmdb_backup.restore")
+    assert answer["instance"] == "15/restored" and answer["port"] != 5432
+    assert entries(host, answer["port"]) == ["before the backup", "after the backup"]
+    write(host, "meanwhile")
+    assert entries(host)[-1] == "meanwhile"
+    copy = host.call("slmdb_server.connect", port=answer["port"])
+    with copy.cursor() as cursor:
+        cursor.execute("SHOW archive_mode")
+        assert cursor.fetchone() == ("off",)
+    copy.close()
+    with pytest.raises(SaltInvocationError, match="15/restored exists"):
+        host.call("slmdb_backup.restore")
+    subprocess.run(answer["remove"].split(), check=True)
+    assert not os.path.exists(answer["data_directory"])
+
+
+def test_a_moment_between_two_transactions_brings_exactly_the_first(host):
+    """Also when it is the moment of a dropped table."""
+    write(host, "first")
+    between = moment(host)
+    write(host, "second")
+    host.call("slmdb_server.execute", "DROP TABLE log")
+    answer = host.call("slmdb_backup.restore", time=between)
+    assert entries(host, answer["port"]) == ["before the backup", "first"]
+
+
+def test_a_restore_point_and_a_label(host):
+    """A name, and the moment at which a backup was complete."""
+    write(host, "first")
+    host.call("slmdb_server.query", "SELECT pg_create_restore_point('before the migration')")
+    write(host, "second")
+    named = host.call("slmdb_backup.restore", restore_point="before the migration")
+    assert entries(host, named["port"]) == ["before the backup", "first"]
+    label = host.call("slmdb_backup.list")[0]["label"]
+    whole = host.call("slmdb_backup.restore", label=label, instance="whole")
+    assert entries(host, whole["port"]) == ["before the backup"]
+
+
+def test_in_place_keeps_the_old_data_aside(host):
+    """The server has the old state, the newer one is in a directory of its own, backups go on."""
+    movable(host)
+    between = moment(host)
+    write(host, "a mistake")
+    answer = host.call("slmdb_backup.restore", time=between, in_place="15/main")
+    assert entries(host) == ["before the backup"]
+    assert (Path(answer["kept"]) / "PG_VERSION").exists()
+    write(host, "later")
+    host.call("slmdb_backup.create")
+    again = host.call("slmdb_backup.restore")
+    assert entries(host, again["port"]) == ["before the backup", "later"]
+
+
+def test_what_cannot_be_reached_is_refused_with_the_range(host):
+    """Before anything is stopped or made."""
+    pid = host.call("slmdb_instance.facts")["pid"]
+    for wrong, words in (
+        ({"time": "2020-01-01"}, "cannot be reached; from 20.* to 20.* can"),
+        ({"time": "2999-01-01"}, "cannot be reached; from 20.* to 20.* can"),
+        ({"time": "yesterday"}, "is no moment"),
+        ({"label": "20200101-000000F"}, "there is no backup"),
+        ({"time": "2026-01-01", "restore_point": "x"}, "choose one"),
+        ({"in_place": "main"}, "type 15/main"),
+        ({"instance": "main"}, "cannot be used"),
+        ({"instance": "../x"}, "cannot be used"),
+        ({"port": 5432}, "is free; name another"),
+    ):
+        with pytest.raises(SaltInvocationError, match=words):
+            host.call("slmdb_backup.restore", **wrong)
+    assert host.call("slmdb_instance.facts")["pid"] == pid
+    assert not Path("/var/lib/postgresql/15/restored").exists()
+
+
+def test_a_restore_point_that_does_not_exist_leaves_nothing_behind(host):
+    """In place the old data is back; beside, nothing was made."""
+    with pytest.raises(CommandExecutionError, match="ends before it"):
+        host.call("slmdb_backup.restore", restore_point="never set")
+    assert not Path("/etc/postgresql/15/restored").exists()
+    movable(host)
+    with pytest.raises(CommandExecutionError, match="ends before it"):
+        host.call("slmdb_backup.restore", restore_point="never set", in_place="15/main")
+    assert entries(host) == ["before the backup"]
+    assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
+
+
+def test_data_that_cannot_be_moved_aside_stays(host):
+    """A data directory that is a mount of its own, say: the server is back with what it had."""
+    with pytest.raises(CommandExecutionError, match="cross-device"):
+        host.call("slmdb_backup.restore", in_place="15/main")
+    assert entries(host) == ["before the backup"]
+    assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
+
+
+def test_a_corrupt_repository_stops_nothing(host):
+    """The files are restored before the server is."""
+    files = [path for path in Path("/var/lib/pgbackrest/backup").rglob("*") if path.is_file()]
+    victim = max(
+        (one for one in files if "pg_data" in str(one)), key=lambda one: one.stat().st_size
+    )
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    pid = host.call("slmdb_instance.facts")["pid"]
+    with pytest.raises(CommandExecutionError, match="pgbackrest restore"):
+        host.call("slmdb_backup.restore", in_place="15/main")
+    assert host.call("slmdb_instance.facts")["pid"] == pid
+    assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
+
+
+def test_the_application_s_rules_hold_in_the_copy(host):
+    """Who may not log in to the instance may not log in to its copy."""
+    answer = host.call("slmdb_backup.restore")
+    with pytest.raises(psycopg2.OperationalError):
+        psycopg2.connect(host="127.0.0.1", port=answer["port"], user="postgres", dbname="postgres")
