@@ -403,3 +403,14 @@ FENCED = re.compile(r"```yaml\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
 def test_the_manual_is_right(pillar, said):
     """Each pillar in it is valid, or gives exactly the mistakes that are shown below it."""
     assert problems(yaml.safe_load(pillar)[TOP]) == said.splitlines()
+
+
+def test_every_setting_has_a_reader():
+    """A key that no module asks for would be a promise that nobody keeps."""
+    code = "\n".join(
+        path.read_text()
+        for path in (sls.CHECKOUT / "_modules").glob("*.py")
+        if path.stem not in ("slmdb_schema", "slmdb_kinds")
+    )
+    names = {path.rpartition(":")[2] for path in _settled(SCHEMA.SCHEMA)}
+    assert names - set(re.findall(r"""["'](\w+)["']""", code)) == set()
