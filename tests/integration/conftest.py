@@ -11,6 +11,8 @@ from tests.support import world as worlds
 from tests.support.salt_daemons import Master, Minion, copy_formula
 from tests.support.ssh_host import SaltSsh, SshHost
 
+# The machine that runs the tests is busy with others: the reports may take their time.
+PATIENT = {"slm_database": {"health": {"timeout": 30}}}
 OLD_SALT = salt.version.__version__.startswith("3006")
 
 
@@ -28,7 +30,7 @@ class Site:
         self.base.mkdir()
         self.formula = copy_formula(self.base / "formula")
 
-    def master(self, *minions: str, pillar: dict | None = None) -> Master:
+    def master(self, *minions: str, pillar: dict = PATIENT) -> Master:
         """Start a master and minions, and wait until it can use them."""
         master = Master(self.base / "master", self.formula, pillar)
         started = [
@@ -40,7 +42,8 @@ class Site:
 
     def salt_ssh(self, name: str) -> SaltSsh:
         """Start an SSH server and return a salt-ssh whose roster has it under a name."""
-        return SaltSsh(self.base / "salt-ssh", name, SshHost(self.base / "ssh"), self.formula)
+        host = SshHost(self.base / "ssh")
+        return SaltSsh(self.base / "salt-ssh", name, host, self.formula, PATIENT)
 
 
 @pytest.fixture

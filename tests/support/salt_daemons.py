@@ -21,7 +21,7 @@ ENVIRONMENT = {
 }
 
 
-def run(*command: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run(*command: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     """Run a command as an operator would and return what came of it."""
     return subprocess.run(
         [str(word) for word in command],
@@ -41,6 +41,14 @@ def copy_formula(target: Path) -> Path:
             CHECKOUT / name, target / name, ignore=shutil.ignore_patterns("__pycache__")
         )
     return target
+
+
+def write_pillar(root: Path, pillar: dict) -> Path:
+    """Write a pillar that every minion gets; JSON is YAML."""
+    root.mkdir(parents=True)
+    (root / "top.sls").write_text(json.dumps({"base": {"*": ["settings"]}}))
+    (root / "settings.sls").write_text(json.dumps(pillar))
+    return root
 
 
 class Answer:
@@ -92,18 +100,13 @@ class Master(Daemon):
 
     program = "salt-master"
 
-    def __init__(self, directory: Path, formula: Path, pillar: dict | None = None):
-        self.pillar_root = directory / "pillar"
-        self.pillar_root.mkdir(parents=True)
-        if pillar is not None:
-            (self.pillar_root / "top.sls").write_text(json.dumps({"base": {"*": ["settings"]}}))
-            (self.pillar_root / "settings.sls").write_text(json.dumps(pillar))
+    def __init__(self, directory: Path, formula: Path, pillar: dict):
         config = {
             "interface": "127.0.0.1",
             "auto_accept": True,
             "worker_threads": 3,
             "file_roots": {"base": [str(formula)]},
-            "pillar_roots": {"base": [str(self.pillar_root)]},
+            "pillar_roots": {"base": [str(write_pillar(directory / "pillar", pillar))]},
             # A changed formula is served at once, as after `fileserver.update`.
             "fileserver_list_cache_time": 0,
             "timeout": 120,
@@ -136,7 +139,7 @@ class Minion(Daemon):
         }
         super().__init__(directory, config)
 
-    def wait(self, seconds: float = 60) -> None:
+    def wait(self, seconds: float = 180) -> None:
         """Wait until this minion has said that it is ready for jobs."""
         log = self.directory / "var" / "log" / "salt" / "minion"
         deadline = time.monotonic() + seconds

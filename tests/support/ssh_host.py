@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.support.salt_daemons import BIN, ENVIRONMENT, Answer, run
+from tests.support.salt_daemons import BIN, ENVIRONMENT, Answer, run, write_pillar
 
 PORT = 22
 
@@ -67,14 +67,14 @@ class SshHost:
 class SaltSsh:
     """salt-ssh with a roster of one host under the name that a test wants."""
 
-    def __init__(self, directory: Path, name: str, host: SshHost, formula: Path):
+    def __init__(self, directory: Path, name: str, host: SshHost, formula: Path, pillar: dict):
         self.directory = directory
         directory.mkdir(parents=True)
         master = {
             "root_dir": str(directory),
             "user": "root",
             "file_roots": {"base": [str(formula)]},
-            "pillar_roots": {"base": [str(directory / "pillar")]},
+            "pillar_roots": {"base": [str(write_pillar(directory / "pillar", pillar))]},
         }
         (directory / "master").write_text(json.dumps(master))
         # JSON is YAML in which the id is quoted.
@@ -91,4 +91,4 @@ class SaltSsh:
     def __call__(self, *words: object) -> Answer:
         """Run salt-ssh and return its answer."""
         options = ("-c", self.directory, "--out=json", "--static")
-        return Answer(run(BIN / "salt-ssh", *options, *words, timeout=120))
+        return Answer(run(BIN / "salt-ssh", *options, *words))
