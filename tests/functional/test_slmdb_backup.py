@@ -221,3 +221,19 @@ def test_clean_keeps_the_repository_and_its_key(ready):
     assert ready.state("slmdb_backup.absent").changes == {}
     assert not Path("/etc/pgbackrest/autobot-slm.conf").exists()
     assert KEY.exists() and (REPOSITORY / "backup").is_dir()
+
+
+def test_the_whole_formula_with_backups(bare, minions):
+    """From a bare host: announced, made, and nothing left to do; then a backup."""
+    minion = minions(PILLAR)
+
+    def changed(**keywords):
+        chunks = minion.call("state.apply", "slm_database", **keywords).raw.values()
+        assert [one["comment"] for one in chunks if one["result"] is False] == []
+        return {one["__id__"] for one in chunks if one["changes"]}
+
+    announced = changed(test=True)
+    assert changed() == announced
+    assert "Backups are made when the schedule says so" in announced
+    assert changed() == set()
+    assert minion.call("slmdb_backup.create")["type"] == "full"
