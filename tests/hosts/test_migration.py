@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -50,9 +51,9 @@ def _venv_layer(switch):
             host.run(f"python3 -m venv {VENV}")
             host.run(f"{VENV}/bin/pip install -q -r /opt/requirements.txt", timeout=600)
             host.stop()
-            (host.directory / "upper/opt/autobot").rename(wanted.with_suffix(".opt"))
             (wanted / "opt").mkdir(parents=True)
-            wanted.with_suffix(".opt").rename(wanted / "opt/autobot")
+            made = host.directory / "upper/opt/autobot"
+            subprocess.run(["cp", "-a", str(made), str(wanted / "opt")], check=True)
         finally:
             host.close()
 
