@@ -346,7 +346,9 @@ def _fill(
             answer["tables"]["missing"] = inside.get("missing")
         if row:
             _fill_from_server(answer, parts)
-        answer["secret"] = parts.get("secret", __salt__["slmdb_secret.facts"], default={})
+        answer["secret"] = parts.get(
+            "secret", __salt__["slmdb_secret.facts"], bool(row), default={}
+        )
         left = max(moment - time.monotonic(), 0.1)
         answer["migration"] = parts.get(
             "migration", __salt__["slmdb_migration.revision"], left, default={}
