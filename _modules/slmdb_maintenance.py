@@ -296,9 +296,7 @@ def run(long_transaction: int = LONG) -> dict[str, Any]:
     _tell("maintenance", "failed" if job["failed"] else "done", f"server away for {away} s")
     return {
         "permitted": why,
-        "changes": {
-            what: row for what, row in job["changes"].items() if _step(what) in job["done"]
-        },
+        "changes": _achieved(job),
         "done": job["done"],
         "failed": job["failed"],
         "not_done": [step for step in STEPS if step not in job["done"]],
@@ -306,11 +304,19 @@ def run(long_transaction: int = LONG) -> dict[str, Any]:
     }
 
 
-def _step(what: str) -> str:
-    """The step that makes a planned change."""
-    if what in ("tables", "revision"):
-        return "migrations"
-    return "restart" if what == "restart" else "update"
+def _achieved(job: dict[str, Any]) -> dict[str, Any]:
+    """What of the planned changes is there: all, or after a failure what is not parked any more."""
+    if not job["failed"]:
+        return job["changes"]
+    try:
+        left = plan()
+    except CommandExecutionError:
+        return {}
+    unknown = ("tables", "revision") if left["refused"] else ()
+    # Nothing waits any more either when a failed restart brought back the last good configuration.
+    undone = () if "restart" in job["done"] else ("restart",)
+    parked = {*left["changes"], *unknown, *undone}
+    return {what: row for what, row in job["changes"].items() if what not in parked}
 
 
 def sentences(report: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional.test_slm_database import apply, failures
+from tests.support import backend
 from tests.support import world as worlds
 
 PARKED = {"settings": {"max_connections": 37}}
@@ -18,8 +19,14 @@ SOURCES = Path("/etc/apt/sources.list.d")
 STATE = "What is parked is done"
 
 
+@pytest.fixture(scope="module")
+def venv():
+    """Made outside of the world, and before it is fresh."""
+    return backend.venv()
+
+
 @pytest.fixture
-def parked(minions):
+def parked(minions, venv):
     """A host to which the formula was applied, and a setting that waits for a restart since."""
     if "applied" not in worlds.STATE["snapshots"]:
         worlds.fresh()
@@ -148,6 +155,31 @@ def test_a_restart_that_fails_leaves_the_server_up(parked):
         "the server is up" in failed.comment and "Not done: restart, migrations" in failed.comment
     )
     assert parked.call("slmdb_server.available") is True
+
+
+def test_migrations_come_after_the_restart(parked, venv):
+    """A backend was deployed: its tables, its migrations and the restart are one maintenance."""
+    parked.tell(APPROVED)
+    backend.deploy(venv)
+    announced = parked.state("slmdb_maintenance.done", test=True)
+    done = parked.state("slmdb_maintenance.done")
+    assert done.result is True, done.comment
+    assert done.changes == announced.changes
+    assert set(done.changes) == {"restart", "tables", "revision"}
+    assert done.comment.index("restart: for") < done.comment.index("migrations: revision, tables")
+    assert parked.state("slmdb_maintenance.done").changes == {}
+
+
+def test_a_migration_that_fails_comes_after_what_was_done(parked, venv):
+    """The tables and the restart are there, and said to be; the revision is not."""
+    parked.tell(APPROVED)
+    backend.deploy(venv)
+    backend.add("e1", "d1", "Fails", backend.sql("SELECT 1/0"))
+    failed = parked.state("slmdb_maintenance.done")
+    assert failed.result is False and set(failed.changes) == {"restart", "tables"}
+    assert "Failed: migrations" in failed.comment and "division by zero" in failed.comment
+    assert "Not done: migrations, health after, logins." in failed.comment
+    assert connections(parked) == "37"
 
 
 def test_the_sls_does_it(parked):
