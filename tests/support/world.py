@@ -100,28 +100,30 @@ def fresh(snapshot: str | None = None) -> None:
     end_processes()
     for target in reversed(STATE["mounted"]):
         _run("umount", "--lazy", target)
+    if STATE["count"]:
+        # It is memory: hundreds of layers, each with a server's journal, would fill it.
+        shutil.rmtree(STATE["layer"], ignore_errors=True)
     STATE["count"] += 1
     layer = STATE["base"] / f"layer-{STATE['count']}"
-    below = STATE["snapshots"].get(snapshot)
-    STATE.update(mounted=[], layer=layer)
+    below = STATE["snapshots"].get(snapshot, [])
+    STATE.update(mounted=[], layer=layer, below=below)
     for target in OVERLAID:
         _overlay(target, layer, below)
     _mount_run()
-    if below is None:
+    if not below:
         _make_bare()
 
 
-def _overlay(target: str, layer: Path, below: Path | None) -> None:
+def _overlay(target: str, layer: Path, below: list[Path]) -> None:
     name = target.strip("/").replace("/", "-")
     upper, work = layer / name / "upper", layer / name / "work"
     upper.mkdir(parents=True)
     work.mkdir()
-    kept = below / name / "upper" if below else None
-    like = os.stat(kept or target)
+    lower = [*(str(kept / name / "upper") for kept in below), target]
+    like = os.stat(lower[0])
     os.chown(upper, like.st_uid, like.st_gid)
     os.chmod(upper, like.st_mode & 0o7777)
-    lower = f"{kept}:{target}" if kept else target
-    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    options = f"lowerdir={':'.join(lower)},upperdir={upper},workdir={work}"
     _run("mount", "-t", "overlay", "-o", options, "overlay", target)
     STATE["mounted"].append(target)
 
@@ -157,4 +159,4 @@ def keep(snapshot: str) -> None:
     end_processes()
     kept = STATE["base"] / f"snapshot-{snapshot}"
     _run("cp", "-a", str(STATE["layer"]), str(kept))
-    STATE["snapshots"][snapshot] = kept
+    STATE["snapshots"][snapshot] = [kept, *STATE["below"]]
