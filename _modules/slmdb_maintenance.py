@@ -171,10 +171,7 @@ def _no_long_transactions(job: dict[str, Any]) -> str:
 def _backup(job: dict[str, Any]) -> str | None:
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return None
-    if "slmdb_backup.create" not in __salt__:
-        return None
-    made = __salt__["slmdb_backup.create"]()
-    return f"backup {made.get('label', 'made') if isinstance(made, dict) else 'made'}"
+    return str(__salt__["slmdb_backup.create"]()["label"])
 
 
 def _update(job: dict[str, Any]) -> str | None:

@@ -237,3 +237,18 @@ def test_the_whole_formula_with_backups(bare, minions):
     assert "Backups are made when the schedule says so" in announced
     assert changed() == set()
     assert minion.call("slmdb_backup.create")["type"] == "full"
+
+
+def test_a_maintenance_makes_a_backup_first(bare, minions):
+    """Before what is parked is done there is a backup of the moment."""
+    minion = minions(PILLAR)
+    for path in Path("/var/lib/apt/lists").glob("*_*"):
+        path.unlink()  # updates that cannot be downloaded from here
+    assert all(one["result"] for one in minion.call("state.apply", "slm_database").raw.values())
+    settings = {**PILLAR["slm_database"], "settings": {"max_connections": 37}}
+    minion.tell({"slm_database": {**settings, "maintenance": {"approve": True}}})
+    assert minion.state("slmdb_config.applied").result is True
+    done = minion.state("slmdb_maintenance.done")
+    assert done.result is True, done.comment
+    (made,) = minion.call("slmdb_backup.list")
+    assert done.comment.index(f"backup: {made['label']}") < done.comment.index("restart: ")
