@@ -4,6 +4,7 @@ Giving the running backend its new password, and seeing that it logs in with it.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -15,11 +16,13 @@ _PATIENCE = 30
 _PAUSE = 0.02
 _RUNNING = ("active", "reloading", "activating")
 _SESSIONS = """
-SELECT count(*) FILTER (WHERE client_addr IS NOT NULL) AS remote, count(*) AS every
-FROM pg_catalog.pg_stat_activity
+SELECT client_port AS port FROM pg_catalog.pg_stat_activity
 WHERE usename = %s AND backend_start > %s AND state IS NOT NULL AND state <> 'starting'
   AND application_name NOT LIKE 'slmdb%%'
 """
+# How many sessions there have ever been, short ones too; ours are in the database postgres.
+_COUNT = "SELECT sum(sessions)::bigint AS n FROM pg_stat_database WHERE datname <> 'postgres'"
+_SOCKET = -1  # what pg_stat_activity has for the port of a session over the Unix socket
 
 
 def __virtual__() -> str:
@@ -91,15 +94,16 @@ def renew(want: dict[str, Any]) -> str:
         return skipped
     verb = want["rotate_backend"]
     began = __salt__["slmdb_server.query"]("SELECT clock_timestamp() AS now")[0]["now"]
-    before = _sessions(want["role"], "-infinity")
-    local_only = before["every"] > 0 and before["remote"] == 0
+    before = _ports(want["role"], "-infinity")
+    over_socket = bool(before) and set(before) == {_SOCKET}
+    counted = _count()
     command = ["systemctl", verb, _unit()]
     answer = __salt__["cmd.run_all"](command, python_shell=False, ignore_retcode=True)
     if answer["retcode"]:
         raise CommandExecutionError(
             f"systemctl {verb} {_unit()} failed; see journalctl -u {_unit()}"
         )
-    _wait_for_session(want["role"], began, local_only)
+    _wait_for_session(want["role"], began, over_socket, counted)
     return f"{verb}ed, and it logged in" if verb != "restart" else "restarted, and it logged in"
 
 
@@ -128,18 +132,70 @@ def restore(want: dict[str, Any], touched: bool) -> None:
         __salt__["cmd.run_all"](["systemctl", *words], python_shell=False, ignore_retcode=True)
 
 
-def _sessions(role: str, since: Any) -> dict[str, int]:
-    return __salt__["slmdb_server.query"](_SESSIONS, (role, since))[0]
+def _ports(role: str, since: Any) -> list[int]:
+    """The client's port of each session that began since."""
+    return [row["port"] for row in __salt__["slmdb_server.query"](_SESSIONS, (role, since))]
 
 
-def _wait_for_session(role: str, since: Any, local_only: bool) -> None:
-    """Wait for a session that began after the restart: it can only have the new password."""
+def _count() -> int:
+    return __salt__["slmdb_server.query"](_COUNT)[0]["n"]
+
+
+def _inode(port: int) -> str | None:
+    """The socket at the client's end of a connection to the server; None if it is closed."""
+    server = __salt__["slmdb_instance.facts"]()["port"]
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(path, encoding="ascii") as stream:
+            rows = [line.split() for line in stream.readlines()[1:]]
+        for row in rows:
+            ends = [int(end.rpartition(":")[2], 16) for end in row[1:3]]
+            if ends == [port, server] and row[9] != "0":
+                return row[9]
+    return None
+
+
+def _sockets() -> set[str]:
+    """The sockets of every process of the backend's unit."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cgroup", encoding="utf-8") as stream:
+                if f"/{_unit()}" not in stream.read():
+                    continue
+            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        except OSError:
+            continue  # it has ended, or closed one meanwhile
+        found |= {link[8:-1] for link in links if link.startswith("socket:[")}
+    return found
+
+
+def _is_there(role: str, since: Any, over_socket: bool) -> bool:
+    """Whether a session that began since then is the backend's."""
+    for port in _ports(role, since):
+        if port == _SOCKET:
+            if over_socket:
+                return True
+            continue
+        inode = _inode(port)
+        if inode and inode in _sockets():
+            return True
+    return False
+
+
+def _refused(role: str, since: Any) -> bool:
+    """Whether the server's log has a refused password of the role since then."""
+    unit = __salt__["slmdb_instance.facts"]()["unit"]
+    moment = f"@{since.timestamp():.3f}"
+    command = ["journalctl", "-q", "--no-pager", "-o", "cat", "-u", unit, "--since", moment]
+    said = __salt__["cmd.run_all"](command, python_shell=False, ignore_retcode=True)["stdout"]
+    return f'authentication failed for user "{role}"' in said
+
+
+def _wait_for_session(role: str, since: Any, over_socket: bool, counted: int) -> None:
+    """Wait for a session of the backend that began after the restart: it has the new password."""
     started = time.monotonic()
     looked = started
-    while True:
-        seen = _sessions(role, since)
-        if seen["every"] if local_only else seen["remote"]:
-            return
+    while not _is_there(role, since, over_socket):
         now = time.monotonic()
         if now - looked > 0.5:
             looked = now
@@ -148,6 +204,9 @@ def _wait_for_session(role: str, since: Any, local_only: bool) -> None:
                     f"{_unit()} did not stay up; see journalctl -u {_unit()}"
                 )
         if now - started > _PATIENCE:
+            # A session was too short to be told whose it was, and nobody was refused.
+            if _count() > counted and not _refused(role, since):
+                return
             raise CommandExecutionError(
                 f"{_unit()} made no connection within {_PATIENCE} s; if it connects on demand "
                 "only, set slm_database:secret:rotate_backend: none"

@@ -150,3 +150,43 @@ def test_one_command_rotates_under_a_running_backend(applied):
     assert logs_in(applied, new)
     assert backend_has(applied) == new
     assert applied.run("systemctl is-active autobot-slm-backend").stdout.strip() == "active"
+
+
+# Logs in for a moment when it starts, then never again.
+BRIEF = """\
+#!/bin/sh
+PGPASSWORD="$SLM_DB_PASSWORD" psql -h 127.0.0.1 -U autobot_slm -d autobot_slm -c 'SELECT 1'
+exec sleep infinity
+"""
+# Somebody who always has the file's password at hand, and is not the backend.
+BYSTANDER = """\
+while :; do
+  . /etc/autobot/slm-secrets.env
+  PGPASSWORD="$SLM_DB_PASSWORD" psql -h 127.0.0.1 -U autobot_slm -d autobot_slm \\
+    -c 'SELECT pg_sleep(0.2)'
+done
+"""
+
+
+def test_somebody_else_s_login_proves_nothing(applied):
+    """A backend that stays up with a wrong password is found out, whoever else logs in."""
+    begin_backend(applied, "PGPASSWORD=wrong psql -h 127.0.0.1 -U autobot_slm; exec sleep infinity")
+    applied.write("/usr/local/bin/bystander", BYSTANDER)
+    applied.run("systemd-run --quiet --unit=bystander sh /usr/local/bin/bystander")
+    old = password(applied)
+    refused = call(applied, "slmdb_secret.rotate", check=False)
+    assert refused.returncode != 0
+    assert "made no connection within 30 s" in refused.stdout + refused.stderr
+    assert password(applied) == old
+    assert logs_in(applied, old)
+
+
+def test_a_backend_that_logs_in_for_a_moment_only(applied):
+    """Whose short session it was cannot be told any more, but nobody was refused."""
+    applied.write("/usr/local/bin/backend", BRIEF)
+    applied.run("chmod 755 /usr/local/bin/backend; systemctl daemon-reload")
+    applied.run("systemctl restart autobot-slm-backend")
+    old = password(applied)
+    report = json.loads(call(applied, "slmdb_secret.rotate").stdout)["local"]
+    assert report["rotated"] is True
+    assert password(applied) != old
