@@ -75,7 +75,7 @@ def test_the_socket_answers(applied):
 
 def test_health_is_good_after_an_apply(applied):
     """A fresh host without a backend is healthy."""
-    report = applied.call("slmdb.health")
+    report = applied.call("slmdb.health", timeout=15)
     assert (report["healthy"], report["problems"]) == (True, [])
     json.dumps(report)
 
