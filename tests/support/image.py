@@ -124,7 +124,7 @@ def _apt_options():
 
 
 def _sources(release):
-    """Return this machine's own Debian mirrors for this release, or Debian's usual ones."""
+    """Return this machine's own Debian mirrors for this release; without any, mmdebstrap's count."""
     own = re.search(r"^VERSION_CODENAME=(\S+)", Path("/etc/os-release").read_text(), re.M)
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)"]
     command += ["Created-By: Packages", "Origin: Debian", "Component: main"]
@@ -134,9 +134,4 @@ def _sources(release):
         uri, _, codename = line.partition(" ")
         if own and codename in {own[1], f"{own[1]}-updates", f"{own[1]}-security"}:
             found.append(f"deb {uri} {codename.replace(own[1], release)} main")
-    usual = "deb http://deb.debian.org/debian"
-    return sorted(set(found)) or [
-        f"{usual} {release} main",
-        f"{usual} {release}-updates main",
-        f"{usual}-security {release}-security main",
-    ]
+    return sorted(set(found))
