@@ -124,7 +124,7 @@ def _apt_options():
 
 
 def _sources(release):
-    """Return this machine's own Debian mirrors for this release; without any, mmdebstrap's count."""
+    """Return this machine's Debian mirrors for a release; without any, mmdebstrap has its own."""
     own = re.search(r"^VERSION_CODENAME=(\S+)", Path("/etc/os-release").read_text(), re.M)
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)"]
     command += ["Created-By: Packages", "Origin: Debian", "Component: main"]
