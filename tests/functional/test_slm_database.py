@@ -28,9 +28,8 @@ def host(minions):
     return minions()
 
 
-@pytest.fixture
-def applied(minions):
-    """A host to which the formula was applied, its server running."""
+def begin_applied(minions) -> None:
+    """Begin a world to which the formula was applied, its server stopped; applied only once."""
     if "applied" not in worlds.STATE["snapshots"]:
         worlds.fresh()
         minion = minions()
@@ -39,6 +38,12 @@ def applied(minions):
         minion.call("slmdb_service.stop")
         worlds.keep("applied")
     worlds.fresh("applied")
+
+
+@pytest.fixture
+def applied(minions):
+    """A host to which the formula was applied, its server running."""
+    begin_applied(minions)
     minion = minions()
     minion.call("slmdb_service.start")
     return minion

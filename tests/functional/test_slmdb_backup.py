@@ -242,8 +242,7 @@ def test_the_whole_formula_with_backups(bare, minions):
 def test_a_maintenance_makes_a_backup_first(bare, minions):
     """Before what is parked is done there is a backup of the moment."""
     minion = minions(PILLAR)
-    for path in Path("/var/lib/apt/lists").glob("*_*"):
-        path.unlink()  # updates that cannot be downloaded from here
+    worlds.forget_updates()
     assert all(one["result"] for one in minion.call("state.apply", "slm_database").raw.values())
     settings = {**PILLAR["slm_database"], "settings": {"max_connections": 37}}
     minion.tell({"slm_database": {**settings, "maintenance": {"approve": True}}})

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.test_slm_database import apply, failures
+from tests.functional.test_slm_database import apply, begin_applied
 from tests.support import backend
 from tests.support import world as worlds
 
 PARKED = {"settings": {"max_connections": 37}}
 APPROVED = {"slm_database": {**PARKED, "maintenance": {"approve": True}}}
-SOURCES = Path("/etc/apt/sources.list.d")
 STATE = "What is parked is done"
 
 
@@ -28,18 +27,8 @@ def venv():
 @pytest.fixture
 def parked(minions, venv):
     """A host to which the formula was applied, and a setting that waits for a restart since."""
-    if "applied" not in worlds.STATE["snapshots"]:
-        worlds.fresh()
-        minion = minions()
-        assert failures(apply(minion)) == {}
-        minion.call("slmdb_server.forget")
-        minion.call("slmdb_service.stop")
-        worlds.keep("applied")
-    worlds.fresh("applied")
-    # The machine's package lists may know of updates, which cannot be downloaded from here.
-    for path in [*Path("/var/lib/apt/lists").glob("*_*"), *SOURCES.glob("*")]:
-        path.unlink()
-    Path("/etc/apt/sources.list").write_text("")
+    begin_applied(minions)
+    worlds.forget_updates()
     minion = minions({"slm_database": PARKED})
     minion.call("slmdb_service.start")
     assert minion.state("slmdb_config.applied").result is True

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.integration.conftest import PATIENT
 from tests.integration.test_slm_database import succeeded
+from tests.support import world as worlds
 from tests.support.salt_daemons import BIN, ENVIRONMENT
 
 pytestmark = pytest.mark.once
@@ -19,7 +19,7 @@ APPROVED = '{"slm_database": {"maintenance": {"approve": true}}}'
 @pytest.fixture
 def bus(site):
     """Follow the events of the formula; the answer is what was seen so far."""
-    forget_updates()
+    worlds.forget_updates()
     master = site.master("slm.19", pillar=PATIENT)
     path = site.base / "events"
     with path.open("wb") as output:
@@ -33,14 +33,6 @@ def bus(site):
         yield master, path
         events.terminate()
         events.wait()
-
-
-def forget_updates() -> None:
-    """The machine's package lists may know of updates, which cannot be downloaded from here."""
-    sources = Path("/etc/apt/sources.list.d").glob("*")
-    for path in [*Path("/var/lib/apt/lists").glob("*_*"), *sources]:
-        path.unlink()
-    Path("/etc/apt/sources.list").write_text("")
 
 
 def seen(path, tag: str) -> str:

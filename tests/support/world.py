@@ -154,6 +154,14 @@ def _make_bare() -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def forget_updates() -> None:
+    """The machine's package lists may know of updates, which cannot be downloaded from here."""
+    sources = Path("/etc/apt/sources.list.d").glob("*")
+    for path in [*Path("/var/lib/apt/lists").glob("*_*"), *sources]:
+        path.unlink()
+    Path("/etc/apt/sources.list").write_text("")
+
+
 def keep(snapshot: str) -> None:
     """Remember the world as it is, its processes ended, for `fresh(snapshot)`."""
     end_processes()
