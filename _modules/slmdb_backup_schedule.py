@@ -1,7 +1,8 @@
 """
 When backups are made: systemd timers, or cron where systemd does not run the host.
 
-pgBackRest is run directly, so a backup needs neither a Salt master nor a minion that is up.
+pgBackRest is run directly, the logical dump and the drill through a copy of our modules: neither
+needs a Salt master, or a minion that is up.
 """
 
 from __future__ import annotations
@@ -15,30 +16,48 @@ __virtualname__ = "slmdb_backup_schedule"
 
 SYSTEM = "/etc/systemd/system"
 CRON = "/etc/cron.d/autobot-slm-backup"
-JOBS = {"full": "full", "differential": "diff"}
+TYPES = {"full": "full", "differential": "diff"}
+JOBS = {
+    "full": "Full backup",
+    "differential": "Differential backup",
+    "dump": "Logical dump",
+    "drill": "Trial restore",
+}
+# Longer than any of them takes; a job that hangs must not stand in the way of the next.
+PATIENCE = {"full": "7d", "differential": "7d", "dump": "1d", "drill": "2d"}
 DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 
 SERVICE = """\
 [Unit]
-Description={what} backup of the AutoBot SLM's PostgreSQL
+Description={what} of the AutoBot SLM's PostgreSQL
 After={unit}.service
-RequiresMountsFor={path}
-
+{mounts}
 [Service]
 Type=oneshot
 User={user}
 Group={user}
 ExecStart={command}
+TimeoutStartSec={patience}
+{priority}"""
+PRIORITY = """\
 Nice=10
 IOSchedulingClass=idle
+CPUWeight=20
+"""
+LAST = """\
+Nice=19
+IOSchedulingClass=idle
+CPUWeight=10
+UMask=0077
 """
 TIMER = """\
 [Unit]
-Description={what} backup of the AutoBot SLM's PostgreSQL, {when}
+Description={what} of the AutoBot SLM's PostgreSQL, {when}
 
 [Timer]
 OnCalendar={calendar}
 Persistent=true
+RandomizedDelaySec=0
 
 [Install]
 WantedBy=timers.target
@@ -97,38 +116,70 @@ def cron(when: str) -> str:
     return f"{minute} {hour} * * {','.join(str(day) for day in sorted(numbers)) or '*'}"
 
 
-def _jobs() -> dict[str, tuple[str, str]]:
-    """Return job to its time and its command, for those that are wanted."""
+def _repositories() -> list[int]:
+    if "slmdb_pgbackrest.repositories" in __salt__:
+        return __salt__["slmdb_pgbackrest.repositories"]()
+    return [1]
+
+
+def _backup(kind: str) -> list[str]:
+    """One backup for each repository; one that fails keeps no other from its own."""
+    line, repositories = __salt__["slmdb_pgbackrest.line"], _repositories()
+    options = [f"--type={TYPES[kind]}"]
+    if len(repositories) == 1:
+        return line("backup", *options)
+    calls = [" ".join(line("backup", *options, f"--repo={number}")) for number in repositories]
+    script = " ".join(f"{call} || failed=1;" for call in calls)
+    return ["/bin/sh", "-c", f"'failed=0; {script} exit $failed'"]
+
+
+def _jobs() -> dict[str, tuple[str, str, list[str]]]:
+    """Return job to its time, its user and its command, for those that are wanted."""
     if not _get("enabled"):
         return {}
-    line = __salt__["slmdb_pgbackrest.line"]
-    wanted = {job: _get("schedule", job) for job in JOBS}
-    return {
-        job: (when, " ".join(line("backup", f"--type={JOBS[job]}")))
-        for job, when in wanted.items()
-        if when
-    }
+    user, jobs = __salt__["slmdb_instance.facts"]()["user"], {}
+    for job in JOBS:
+        when = _get("schedule", job)
+        if when and job in TYPES:
+            jobs[job] = (when, user, _backup(job))
+        elif when:
+            jobs[job] = (when, "root", __salt__["slmdb_runner.command"](f"slmdb_backup.{job}"))
+    return jobs
+
+
+def _service(job: str, user: str, command: list[str]) -> bytes:
+    mounts, priority = "", PRIORITY if job in TYPES else LAST
+    if _repositories() == [1]:
+        # With another repository a disk that does not come up must not stop what goes there.
+        mounts = f"RequiresMountsFor={_get('path')}\n"
+        priority += "PrivateNetwork=true\n" if job == "drill" else ""
+    words = {"what": JOBS[job], "user": user, "patience": PATIENCE[job], "priority": priority}
+    words |= {"unit": __salt__["slmdb_instance.facts"]()["unit"], "mounts": mounts}
+    return SERVICE.format(command=" ".join(command).replace("$", "$$"), **words).encode()
+
+
+def _crontab(jobs: dict[str, tuple[str, str, list[str]]]) -> bytes:
+    lines = ["# Written by the slm_database formula; changes are lost.", "SHELL=/bin/sh"]
+    for job, (when, user, command) in jobs.items():
+        nice = "nice" if job in TYPES else "nice -n 19 ionice -c idle"
+        lines.append(f"{cron(when)} {user} {nice} {' '.join(command)}")
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _files() -> dict[str, bytes | None]:
     """Return path to content; None: the file should not exist."""
-    found, jobs = __salt__["slmdb_instance.facts"](), _jobs()
+    systemd, jobs = __salt__["slmdb_instance.facts"]()["systemd"], _jobs()
     files: dict[str, bytes | None] = {CRON: None}
     for job in JOBS:
         for kind in ("service", "timer"):
             files[f"{SYSTEM}/autobot-slm-backup-{job}.{kind}"] = None
-    lines = ["# Written by the slm_database formula; changes are lost.", "SHELL=/bin/sh"]
-    for job, (when, command) in jobs.items():
-        words = {"what": job.capitalize(), "when": when, "calendar": calendar(when)}
-        words |= {"command": command, "user": found["user"], "unit": found["unit"]}
-        words["path"] = _get("path")
-        if found["systemd"]:
-            base = f"{SYSTEM}/autobot-slm-backup-{job}"
-            files[f"{base}.service"] = SERVICE.format(**words).encode()
-            files[f"{base}.timer"] = TIMER.format(**words).encode()
-        lines.append(f"{cron(when)} {found['user']} nice {command}")
-    if jobs and not found["systemd"]:
-        files[CRON] = ("\n".join(lines) + "\n").encode()
+    if jobs and not systemd:
+        files[CRON] = _crontab(jobs)
+    for job, (when, user, command) in jobs.items() if systemd else ():
+        base = f"{SYSTEM}/autobot-slm-backup-{job}"
+        words = {"what": JOBS[job], "when": when, "calendar": calendar(when)}
+        files[f"{base}.service"] = _service(job, user, command)
+        files[f"{base}.timer"] = TIMER.format(**words).encode()
     return files
 
 

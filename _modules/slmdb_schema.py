@@ -172,6 +172,8 @@ SCHEMA: dict[str, Any] = {
         "schedule": {
             "full": ("null", "moment"),
             "differential": ("null", "moment"),
+            "dump": ("null", "moment"),
+            "drill": ("null", "moment"),
         },
         "queue_limit": "size",
     },

@@ -11,3 +11,8 @@ The backup engine has no configuration of ours:
   slmdb_backup.absent:
     - require:
       - slmdb_backup: No timer makes backups
+
+No copy of the modules is left:
+  slmdb_runner.absent:
+    - require:
+      - slmdb_backup: No timer makes backups

@@ -14,7 +14,12 @@ The repository knows the instance:
     - require:
       - slmdb_backup: The backup engine is configured
 
+Timers have a copy of the modules:
+  slmdb_runner.present:
+    - require:
+      - slmdb_backup: The repository knows the instance
+
 Backups are made when the schedule says so:
   slmdb_backup.scheduled:
     - require:
-      - slmdb_backup: The repository knows the instance
+      - slmdb_runner: Timers have a copy of the modules

@@ -149,19 +149,23 @@ def test_what_cannot_be_is_refused_in_one_line(ready):
 
 
 def test_the_schedule_is_cron_s_where_systemd_does_not_run(ready, minions):
-    """Two lines that run pgBackRest as the server's user; a time of null takes one away."""
+    """Backups run as the server's user, what needs Salt as root; a time of null takes one away."""
     lines = CRON.read_text().splitlines()[2:]
     assert [line.split(" nice ")[0] for line in lines] == [
         "30 1 * * 0 postgres",
         "30 1 * * 1,2,3,4,5,6 postgres",
+        "0 3 * * * root",
+        "0 4 * * 0 root",
     ]
+    for line, job in zip(lines[2:], ("dump", "drill"), strict=True):
+        assert line.endswith(" ".join(ready.call("slmdb_runner.command", f"slmdb_backup.{job}")))
     subprocess.run(
         ["runuser", "-u", "postgres", "--", "sh", "-c", lines[0].split("postgres ", 1)[1]],
         check=True,
         cwd="/",
     )
     assert [row["type"] for row in ready.call("slmdb_backup.list")] == ["full"]
-    backup = {"enabled": True, "schedule": {"full": None, "differential": None}}
+    backup = {"enabled": True, "schedule": dict.fromkeys(("full", "differential", "dump", "drill"))}
     minions({"slm_database": {"backup": backup}})
     result = ready.state("slmdb_backup.scheduled")
     assert (result.result, list(result.changes)) == (True, [str(CRON)])
