@@ -94,21 +94,12 @@ def __virtual__() -> str:
     return __virtualname__
 
 
-def _unit(unit: str) -> dict[str, list[str]]:
+def _unit() -> dict[str, list[str]]:
     """What systemd knows of the backend's unit; empty without systemd or without the unit."""
-    command = ["systemctl", "show", unit]
-    for name in ("LoadState", "User", "Environment", "EnvironmentFiles"):
-        command += ["-p", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
-    except (OSError, subprocess.SubprocessError):
+    if not __salt__["slmdb_instance.systemd"]():
         return {}
-    found: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
-        name, _, value = line.partition("=")
-        if value:
-            found.setdefault(name, []).append(value)
-    return found
+    known = __context__.get("slmdb_units") or __salt__["slmdb_service.units"]()
+    return known[__salt__["slmdb_pillar.get"]("backend", "unit")]
 
 
 def user() -> str:
@@ -127,7 +118,7 @@ def user() -> str:
     settings = __salt__["slmdb_pillar.settings"]()
     if settings["migration"].get("user"):
         return settings["migration"]["user"]
-    return _unit(settings["backend"]["unit"]).get("User", [settings["backend"]["user"]])[0]
+    return _unit().get("User", [settings["backend"]["user"]])[0]
 
 
 def facts() -> dict[str, Any]:
@@ -202,7 +193,7 @@ def _plain_environment(name: str) -> dict[str, str]:
 def _unit_environment() -> dict[str, str]:
     """The variables systemd would give the backend: its Environment= and EnvironmentFile=."""
     settings = __salt__["slmdb_pillar.settings"]()
-    unit = _unit(settings["backend"]["unit"])
+    unit = _unit()
     given: dict[str, str] = {}
     for line in unit.get("Environment", []):
         given.update(dict(part.partition("=")[::2] for part in shlex.split(line)))
@@ -355,12 +346,13 @@ def _sources(found: dict[str, Any], paths: list[str]) -> list[str]:
 
 
 def _state_of(found: dict[str, Any], paths: list[str]) -> str:
-    """A digest of every file the history comes from: name, size and time, not content."""
+    """A digest of every file the history comes from: what changes whatever is done to a file."""
     digest = hashlib.sha256()
     for path in _sources(found, paths):
         try:
             seen = os.stat(path)
-            digest.update(f"{path}\0{seen.st_size}\0{seen.st_mtime_ns}\n".encode())
+            what = (seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+            digest.update(f"{path}\0{what}\n".encode())
         except OSError:
             digest.update(f"{path}\0missing\n".encode())
     return digest.hexdigest()

@@ -88,6 +88,7 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
     """
     databases = wanted() if databases is None else databases
     present = read(list(databases))
+    ours = __salt__["slmdb_pillar.get"]("database")
     changes: dict = {}
     for name, options in databases.items():
         label = f"database {name}"
@@ -99,6 +100,8 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
         if present[name]["public"]:
             changes[f"{label}: PUBLIC"] = {"old": "may connect", "new": "may not connect"}
         changes.update(_inside(name, options))
+        if name != ours:  # hundreds of databases would take all the connections that there are
+            __salt__["slmdb_server.forget"](name)
     return changes
 
 
@@ -175,6 +178,8 @@ def apply(databases: dict[str, dict[str, Any]] | None = None) -> None:
             statements.append(sql.SQL("REVOKE CREATE ON SCHEMA public FROM PUBLIC"))
         if inside:
             __salt__["slmdb_server.execute"]([(one, None) for one in statements], database=name)
+        if name != __salt__["slmdb_pillar.get"]("database"):
+            __salt__["slmdb_server.forget"](name)
 
 
 def drop(name: str) -> None:

@@ -389,14 +389,22 @@ def shadowed(given: list[dict[str, Any]]) -> list[str]:
         The rules, in order, each with the ``key`` it is named by.
     """
     found = []
+    # Only what names its database and user, or all, can be wider: a thousand rules are not compared
+    # each with each.
+    places: dict[tuple[str, str], list[int]] = {}
     for number, rule in enumerate(given):
-        for earlier in given[:number]:
-            if _swallows(earlier, rule):
+        database, user = rule["database"][0], rule["user"][0]
+        near = {(name, who) for name in (database, "all") for who in (user, "all")}
+        for place in sorted(at for key in near for at in places.get(key, ())):
+            if _swallows(given[place], rule):
+                earlier = given[place]
                 found.append(
                     f"{rule['key']}: the rule '{line(rule)}' never counts, "
                     f"because '{line(earlier)}' ({earlier['key']}) matches first; move or remove it"
                 )
                 break
+        for key in {(name, who) for name in rule["database"] for who in rule["user"]}:
+            places.setdefault(key, []).append(number)
     return found
 
 

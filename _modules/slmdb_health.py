@@ -21,9 +21,9 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb_health"
 
-# Beyond this size of pg_class (some 20,000 relations) measuring the database means looking at so
+# Beyond this size of pg_class (some 5,000 relations) measuring the database means looking at so
 # many files that the report would come late.
-LARGE_CATALOGUE = 8 * 1024 * 1024
+LARGE_CATALOGUE = 1024 * 1024
 LATE = "the server did not answer in time"
 
 SERVER = """
@@ -84,18 +84,25 @@ def _wait(moment: float, owner: int, connection: Any) -> None:
 
 
 @contextlib.contextmanager
-def _deadline(moment: float) -> Iterator[None]:
-    """Let every wait for the server inside the block end by a moment of the monotonic clock."""
+def _deadline(moment: float) -> Iterator[Callable[[float], None]]:
+    """
+    Let every wait for the server inside the block end by a moment of the monotonic clock; what is
+    yielded sets another one.
+    """
     try:
         from psycopg2 import extensions
     except ImportError:
-        yield
+        yield lambda moment: None
         return
+
+    def until(moment: float) -> None:
+        extensions.set_wait_callback(functools.partial(_wait, moment, threading.get_ident()))
+
     before = extensions.get_wait_callback()
-    extensions.set_wait_callback(functools.partial(_wait, moment, threading.get_ident()))
+    until(moment)
     __salt__["slmdb_server.forget"]()  # a connection of before would keep its own settings
     try:
-        yield
+        yield until
     finally:
         extensions.set_wait_callback(before)
         __salt__["slmdb_server.forget"]()
@@ -197,8 +204,37 @@ def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str
 
 
 def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
+    """Ask in the application's database, where the rest will be asked, too, if there is one."""
     values = {"role": settings["role"], "database": settings["database"]}
+    try:
+        return _ask(SERVER, values, settings["database"], moment)
+    except CommandExecutionError as err:
+        if LATE in str(err):
+            raise
     return _ask(SERVER, values, "postgres", moment)
+
+
+def _knock(
+    parts: _Parts, settings: dict[str, Any], found: dict[str, Any], moment: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Return what ``pg_isready`` says and what the server says of itself. Who is let in need not ask
+    whether anybody would be, and who gets no answer has it: only a refusal is looked into.
+    """
+    failures, row = list(parts.failures), {}
+    where = f"{found['socket_directory']}:{found['port']}"
+    if found["running"]:
+        row = parts.get("server", _about_server, settings, moment, default={})
+    if row:
+        return {"retcode": 0, "line": f"{where} - accepting connections"}, row
+    if any(LATE in line for line in parts.failures):
+        answer = {"retcode": 2, "line": f"{where} - no response"}
+    else:
+        answer = parts.get("pg_isready", ready, 1, default={"retcode": 3, "line": ""})
+    if answer["retcode"]:
+        # The verdict says this in its own words.
+        parts.failures[:] = failures + [one for one in parts.failures if "pg_isready:" in one]
+    return answer, row
 
 
 def _about_database(settings: dict[str, Any], moment: float) -> dict[str, Any]:
@@ -331,16 +367,16 @@ def _fill(
     answer: dict[str, Any], parts: _Parts, settings: dict, found: dict, moment: float
 ) -> None:
     """Fill the report, part by part, with what can be asked by the moment."""
-    isready = parts.get("pg_isready", ready, 1, default={"retcode": 3, "line": ""})
+    if found["systemd"]:
+        __context__["slmdb_units"] = parts.get("unit", __salt__["slmdb_service.units"])
     unit = parts.get("unit", _unit, found, default={})
-    row: dict[str, Any] = {}
     inside: dict[str, Any] = {}
     answer["tables"]["expected"] = list(settings["health"]["tables"])
     answer["access"]["addresses"] = parts.get("access", __salt__["slmdb_instance.listens"])
-    answers = isready["retcode"] == 0
-    with _deadline(moment if answers else time.monotonic()):
-        if answers:
-            row = parts.get("server", _about_server, settings, moment, default={})
+    first = min(moment, time.monotonic() + 1)
+    with _deadline(first) as until:
+        isready, row = _knock(parts, settings, found, first)
+        until(moment if row else time.monotonic())
         if row.get("owner"):
             inside = parts.get("database", _about_database, settings, moment, default={})
             answer["tables"]["missing"] = inside.get("missing")
@@ -353,6 +389,7 @@ def _fill(
         answer["migration"] = parts.get(
             "migration", __salt__["slmdb_migration.revision"], left, default={}
         )
+    __context__.pop("slmdb_units", None)
     answer["server"] = _server(found, isready, unit, row)
     answer["capacity"] = _capacity(found, row, inside)
 

@@ -16,8 +16,6 @@ RECORD = "/var/lib/autobot-slm-database/packages.json"
 UPGRADES = "/etc/apt/apt.conf.d/52autobot-slm-database"
 RESTARTS = "/etc/needrestart/conf.d/autobot-slm-database.conf"
 META = ("postgresql", "postgresql-client", "postgresql-contrib")
-# Version may be empty, and Salt cuts white space at the end of what a command says.
-FORMAT = "${Package}\t${Version}\t${db:Status-Want}\t${db:Status-Status}\n"
 
 
 def __virtual__() -> str:
@@ -42,15 +40,12 @@ def installed() -> dict[str, dict]:
     Returns package to ``version`` and ``held``. Raises ``CommandExecutionError`` if the major
     cannot be told.
     """
-    answer = __salt__["cmd.run_all"](
-        ["dpkg-query", "-W", "-f", FORMAT, "postgresql*"], python_shell=False, ignore_retcode=True
-    )
-    pattern, found = re.compile(_ours()), {}
-    for line in answer["stdout"].splitlines():
-        name, version, want, status = line.split("\t")
-        if status == "installed" and (name in META or pattern.match(name)):
-            found[name] = {"version": version, "held": want == "hold"}
-    return found
+    pattern = re.compile(_ours())
+    return {
+        name: {"version": row["version"], "held": row["held"]}
+        for name, row in __salt__["slmdb_package.known"]("postgresql[^\n]*").items()
+        if row["installed"] and (name in META or pattern.match(name))
+    }
 
 
 def _files() -> dict[str, bytes]:

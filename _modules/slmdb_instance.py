@@ -18,6 +18,10 @@ UNIT = "autobot-slm-database"
 CONFIGURATION = "/etc/postgresql"
 DATA = "/var/lib/postgresql"
 SOCKETS = "/var/run/postgresql"
+_SETTING = re.compile(
+    r"^[ \t]*(data_directory|hba_file|ident_file|port)[ \t]*[= \t][ \t]*('(?:[^'\n]|'')*'|[^\s#]+)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def __virtual__() -> str:
@@ -101,19 +105,32 @@ def _postmaster(data_directory: str) -> dict[str, Any]:
     return {"pid": pid, "port": port, "started": int(lines[2])} if alive else {}
 
 
-def _configured(path: str, name: str) -> str | None:
-    """The last value of a setting in a configuration file, without its quotes."""
-    pattern = re.compile(rf"^\s*{name}\s*[= ]\s*('(?:[^']|'')*'|[^\s#]+)", re.IGNORECASE)
-    value = None
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """What changes with a file whatever is done to it: its clock of changes cannot be set back."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                found = pattern.match(line)
-                if found:
-                    value = found.group(1).strip("'")
+        seen = os.stat(path)
     except OSError:
         return None
-    return value
+    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+
+def _configured(path: str) -> dict[str, str]:
+    """The last values in a configuration file, without quotes; read again if the file changed."""
+    known = __context__.setdefault("slmdb_configured", {})
+    stamp = _stamp(path)
+    if path not in known or known[path][0] != stamp:
+        known[path] = (stamp, _values(path))
+    return known[path][1]
+
+
+def _values(path: str) -> dict[str, str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            text = stream.read()
+    except OSError:
+        return {}
+    found = _SETTING.finditer(text)
+    return {match[1].lower(): match[2].strip("'") for match in found}
 
 
 def facts() -> dict[str, Any]:
@@ -136,10 +153,11 @@ def facts() -> dict[str, Any]:
     configuration = f"{CONFIGURATION}/{major}/{NAME}"
     config_file = f"{configuration}/postgresql.conf"
     conf_file = f"{configuration}/conf.d/50-autobot-slm.conf"
-    data = _configured(config_file, "data_directory") or f"{DATA}/{major}/{NAME}"
+    main, own = _configured(config_file), _configured(conf_file)
+    data = main.get("data_directory") or f"{DATA}/{major}/{NAME}"
     postmaster = _postmaster(data)
     wanted = __salt__["slmdb_pillar.get"]("port")
-    configured = _configured(conf_file, "port") or _configured(config_file, "port")
+    configured = own.get("port") or main.get("port")
     return {
         "version": major,
         "name": NAME,
@@ -154,8 +172,8 @@ def facts() -> dict[str, Any]:
         "bin_directory": f"/usr/lib/postgresql/{major}/bin",
         "socket_directory": SOCKETS,
         "config_file": config_file,
-        "hba_file": _configured(config_file, "hba_file") or f"{configuration}/pg_hba.conf",
-        "ident_file": _configured(config_file, "ident_file") or f"{configuration}/pg_ident.conf",
+        "hba_file": main.get("hba_file") or f"{configuration}/pg_hba.conf",
+        "ident_file": main.get("ident_file") or f"{configuration}/pg_ident.conf",
         "conf_file": conf_file,
         "unit": UNIT,
         "systemd": systemd(),

@@ -7,14 +7,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
+from typing import Any
 
 from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_package"
 
-# dpkg's journal; not empty after a dpkg that was killed.
+# What dpkg knows, and its journal: what is there is not in the other yet.
+STATUS = "/var/lib/dpkg/status"
 UPDATES = "/var/lib/dpkg/updates"
+FORMAT = "Package: ${Package}\nStatus: ${Status}\nVersion: ${Version}\n\n"
 
 
 def __virtual__() -> str:
@@ -57,9 +61,54 @@ def _driver_missing() -> bool:
     return not _system_python() and importlib.util.find_spec("psycopg2") is None
 
 
+def known(pattern: str) -> dict[str, dict[str, Any]]:
+    """
+    Return what dpkg's own record says of the packages whose names match, without a process.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_package.known 'postgresql.*'
+
+    pattern
+        A regular expression that a whole name matches.
+
+    Returns name to ``version``, ``held`` and ``installed``. Raises ``CommandExecutionError`` if
+    the record cannot be read.
+    """
+    text = _record()
+    stanza = re.compile(rf"^Package: ({pattern})\n((?:.+\n)*)", re.MULTILINE)
+    found: dict[str, dict[str, Any]] = {}
+    for name, rest in stanza.findall(text):
+        fields = dict(re.findall(r"^(Status|Version): (.*)$", rest, re.MULTILINE))
+        want, _, state = fields.get("Status", "unknown ok not-installed").split()
+        row = {"version": fields.get("Version", ""), "held": want == "hold"}
+        row["installed"] = state == "installed"
+        # A package may be there for several architectures.
+        if row["installed"] or name not in found:
+            found[name] = row
+    return found
+
+
+def _record() -> str:
+    if os.path.isdir(UPDATES) and os.listdir(UPDATES):
+        answer = __salt__["cmd.run_all"](["dpkg-query", "-W", "-f", FORMAT], python_shell=False)
+        return answer["stdout"] + "\n"
+    try:
+        with open(STATUS, encoding="utf-8", errors="replace") as stream:
+            return stream.read()
+    except OSError as err:
+        raise CommandExecutionError(f"{STATUS}: cannot be read: {err.strerror}") from err
+
+
 def _missing() -> list[str]:
-    installed = __salt__["pkg.list_pkgs"]()
-    return [name for name in names() if name not in installed]
+    wanted = names()
+    found = known("|".join(re.escape(name) for name in wanted))
+    absent = [name for name in wanted if not found.get(name, {}).get("installed")]
+    # One that dpkg has no record of may be provided by another.
+    provided = __salt__["pkg.list_pkgs"]() if absent else {}
+    return [name for name in absent if name not in provided]
 
 
 def differences() -> dict:

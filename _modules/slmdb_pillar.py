@@ -8,19 +8,21 @@ last apply recorded.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 from typing import Any
 
 import salt.utils.dictupdate
-import salt.utils.yaml
+import yaml
 from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_pillar"
 
 TOP = "slm_database"
 RECORD = "/var/lib/autobot-slm-database/settings.json"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 FILES = ("salt://slm_database/defaults.yaml", "salt://slm_database/osfingermap.yaml")
 
 
@@ -32,12 +34,26 @@ def _given() -> Any:
     return __pillar__.get(TOP)
 
 
+def _path(source: str) -> str | None:
+    """
+    Where a file of the formula is. One of this host's own is found without a file client, which
+    costs more than all the rest of a report.
+    """
+    if __opts__.get("file_client") == "local":
+        roots = __opts__["file_roots"].get(__opts__.get("saltenv") or "base") or []
+        for root in roots:
+            path = os.path.join(root, source.removeprefix("salt://"))
+            if os.path.isfile(path):
+                return path
+    return __salt__["cp.cache_file"](source) or None
+
+
 def _load(source: str) -> dict:
-    path = __salt__["cp.cache_file"](source)
+    path = _path(source)
     if not path or not os.path.isfile(path):
         return {}
     with open(path, encoding="utf-8") as stream:
-        return salt.utils.yaml.safe_load(stream) or {}
+        return yaml.load(stream, Loader=LOADER) or {}
 
 
 def _merge(below: dict, above: dict) -> dict:
@@ -47,20 +63,61 @@ def _merge(below: dict, above: dict) -> dict:
 def _defaults() -> dict:
     """The defaults with the distribution's map over them; empty where neither can be reached."""
     if "slmdb_defaults" not in __context__:
-        defaults, releases = (_load(source) for source in FILES)
-        if not defaults:
+        made = _kept() if "slmdb_run" not in __context__ else None
+        made = made or _made()
+        if not made:
             return {}
-        release = releases.get(str(__grains__.get("osfinger")), {})
-        __context__["slmdb_defaults"] = _merge(defaults, release)
+        __context__["slmdb_defaults"] = made
     return __context__["slmdb_defaults"]
 
 
-def _recorded() -> dict | None:
+def _made() -> dict:
+    defaults, releases = (_load(source) for source in FILES)
+    if not defaults:
+        return {}
+    made = _merge(defaults, releases.get(str(__grains__.get("osfinger")), {}))
+    if "slmdb_run" in __context__ and __opts__.get("file_client") != "local":
+        _keep(made)
+    return made
+
+
+def _kept() -> dict | None:
+    """
+    The defaults of the last run, where a master has the files: a report says how the host stands
+    to what it was told, and neither waits for the master nor troubles it.
+    """
+    if __opts__.get("file_client") == "local":
+        return None
+    kept = _json(_kept_path())
+    return kept if isinstance(kept, dict) else None
+
+
+def _kept_path() -> str:
+    return os.path.join(__opts__["cachedir"], "slmdb", "defaults.json")
+
+
+def _keep(made: dict) -> None:
+    path = _kept_path()
+    if _json(path) == made:
+        return
+    temporary = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):  # without it a report asks the master
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(made, stream)
+        os.replace(temporary, path)
+
+
+def _json(path: str) -> Any:
     try:
-        with open(RECORD, encoding="utf-8") as stream:
-            recorded = json.load(stream)
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)
     except (OSError, ValueError):
         return None
+
+
+def _recorded() -> dict | None:
+    recorded = _json(RECORD)
     return recorded if isinstance(recorded, dict) else None
 
 
@@ -93,6 +150,7 @@ def begin_run() -> None:
     __context__["slmdb_run"] = True
     __context__.pop("slmdb_defaults", None)
     __context__.pop("slmdb_settings", None)
+    __salt__["slmdb_sync.remember"]()
 
 
 def settings() -> dict:
@@ -113,8 +171,10 @@ def settings() -> dict:
         remembered = _remembered()
         if remembered:
             return remembered
-    key, merged = __context__.get("slmdb_settings", (None, None))
-    if merged is None or key != repr(given):
+    # The pillar of a run is one object that nobody changes; to compare its content at every call
+    # would cost more than the calls.
+    told, merged = __context__.get("slmdb_settings", (None, None))
+    if merged is None or told is not given:
         # salt-ssh has the files of the formula in a state run only; the record holds every setting.
         below = _defaults() or ("slmdb_run" not in __context__ and _recorded())
         if not below:
@@ -122,7 +182,7 @@ def settings() -> dict:
                 f"slm_database: {FILES[0]} cannot be read; is the formula in file_roots?"
             )
         merged = _merge(below, given if isinstance(given, dict) else {})
-        __context__["slmdb_settings"] = (repr(given), merged)
+        __context__["slmdb_settings"] = (given, merged)
     return merged
 
 
@@ -163,4 +223,5 @@ def problems() -> list[str]:
     Returns one line per mistake, each with the key's full path; an empty list if there is none.
     Raises nothing.
     """
-    return __salt__["slmdb_schema.problems"](_given())
+    given = _given()
+    return [] if given is None else __salt__["slmdb_schema.problems"](given)

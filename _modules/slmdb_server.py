@@ -17,7 +17,6 @@ from salt.exceptions import CommandExecutionError
 
 try:
     import psycopg2
-    import psycopg2.extras
 except ImportError:
     psycopg2 = None
 
@@ -37,7 +36,6 @@ def _driver() -> Any:
     if psycopg2 is None:
         try:
             import psycopg2
-            import psycopg2.extras
         except ImportError as err:
             raise CommandExecutionError(
                 "psycopg2 is missing in Salt's Python; state.apply slm_database.package installs it"
@@ -126,12 +124,21 @@ def _connection(database: str) -> Any:
 
 
 def _run(connection: Any, statement: Any, parameters: Sequence | None) -> list[dict]:
-    with connection.cursor(cursor_factory=_driver().extras.RealDictCursor) as cursor:
+    with connection.cursor() as cursor:
         cursor.execute(statement, parameters)
-        return [dict(row) for row in cursor.fetchall()] if cursor.description else []
+        names = [column[0] for column in cursor.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in cursor] if names else []
 
 
-def query(statement: Any, parameters: Sequence | None = None, database: str = USER) -> list[dict]:
+def _any() -> str:
+    """The database to ask what is the same in all: the usual one, else one that is open already."""
+    kept = __context__.get("slmdb_connections") or {USER: None}
+    return USER if USER in kept else next(iter(kept))
+
+
+def query(
+    statement: Any, parameters: Sequence | None = None, database: str | None = None
+) -> list[dict]:
     """
     Ask the server.
 
@@ -146,13 +153,13 @@ def query(statement: Any, parameters: Sequence | None = None, database: str = US
     parameters
         Values for its placeholders.
     database
-        Name of the database.
+        Name of the database; ``None``: any, for what is the same in all of them.
 
     Returns the rows, each a dictionary. Raises ``CommandExecutionError`` with the server's words.
     """
     driver = _driver()
     for last_try in (False, True):
-        connection = _connection(database)
+        connection = _connection(database or _any())
         try:
             return _run(connection, statement, parameters)
         except driver.Error as err:
@@ -202,7 +209,7 @@ def execute(statement: Any, parameters: Sequence | None = None, database: str = 
         raise CommandExecutionError(_line(err)) from None
 
 
-def forget() -> None:
+def forget(database: str | None = None) -> None:
     """
     Close the connections that are kept, for instance before the server is restarted.
 
@@ -212,9 +219,14 @@ def forget() -> None:
 
         salt-call slmdb_server.forget
 
+    database
+        Name of the database whose connection is closed; ``None``: all of them.
+
     Returns nothing, raises nothing.
     """
-    for connection, _ in __context__.pop("slmdb_connections", {}).values():
+    kept = __context__.get("slmdb_connections", {})
+    for name in list(kept) if database is None else [database]:
+        connection, _ = kept.pop(name, (None, None))
         with contextlib.suppress(Exception):
             connection.close()
 

@@ -4,6 +4,7 @@ Starting and stopping the server: by systemd where it runs the host, by ``pg_ctl
 
 from __future__ import annotations
 
+import subprocess
 import time
 
 from salt.exceptions import CommandExecutionError
@@ -11,6 +12,8 @@ from salt.exceptions import CommandExecutionError
 __virtualname__ = "slmdb_service"
 
 PATIENCE = 60
+STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "MainPID")
+BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
 
 
 def __virtual__() -> str:
@@ -83,15 +86,40 @@ def unit_state() -> dict:
     found = __salt__["slmdb_instance.facts"]()
     if not found["systemd"]:
         return {}
-    names = "ActiveState,UnitFileState,NeedDaemonReload,MainPID"
-    answer = __salt__["cmd.run_all"](
-        ["systemctl", "show", "-p", names, found["unit"]], python_shell=False
-    )
-    state: dict = dict(
-        line.partition("=")[::2] for line in answer["stdout"].splitlines() if "=" in line
-    )
-    state["MainPID"] = int(state.get("MainPID") or 0)
+    shown = (__context__.get("slmdb_units") or units())[found["unit"]]
+    state: dict = {name: (shown.get(name) or [""])[0] for name in STATE}
+    state["MainPID"] = int(state["MainPID"] or 0)
     return state
+
+
+def units() -> dict[str, dict[str, list[str]]]:
+    """
+    Return what systemd says of our unit and the backend's, in one call.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_service.units
+
+    Returns each unit's properties, each a list of its lines; empty ones if systemd cannot be
+    asked within two seconds. Raises what wrong settings raise. A health report keeps them in
+    ``__context__["slmdb_units"]`` while it is made.
+    """
+    names = [__salt__["slmdb_instance.facts"]()["unit"]]
+    names.append(__salt__["slmdb_pillar.get"]("backend", "unit"))
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in names}
+    command = ["systemctl", "show", "-p", ",".join((*STATE, *BACKEND)), "--", *names]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return found
+    for name, block in zip(names, done.stdout.split("\n\n"), strict=False):
+        for line in block.splitlines():
+            key, _, value = line.partition("=")
+            if value:
+                found[name].setdefault(key, []).append(value)
+    return found
 
 
 def _foreign() -> None:

@@ -17,12 +17,11 @@ from typing import Any
 
 from salt.exceptions import CommandExecutionError
 
-try:
-    from dateutil import rrule, tz
-except ImportError:
-    rrule = tz = None
-
 __virtualname__ = "slmdb_window"
+
+# dateutil's, imported when a window is looked at: most runs have none, and it is slow to import.
+rrule: Any = None
+tz: Any = None
 
 KEY = "slm_database:maintenance"
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -38,6 +37,17 @@ FAR = timedelta(days=32)
 
 def __virtual__() -> str:
     return __virtualname__
+
+
+def _dateutil() -> bool:
+    """Whether dateutil is there, imported by now."""
+    global rrule, tz
+    if rrule is None:
+        try:
+            from dateutil import rrule, tz
+        except ImportError:
+            return False
+    return True
 
 
 def _time(text: str) -> timedelta:
@@ -58,6 +68,7 @@ def _weekdays(text: str) -> list[int]:
 
 def _zone(name: str | None) -> Any:
     """The time zone of that name, else that of the host; ``None`` for a name nobody knows."""
+    _dateutil()
     return tz.gettz(name) if name else (tz.gettz() or tz.tzlocal())
 
 
@@ -139,7 +150,7 @@ def problems(windows: list) -> list[str]:
 
     Returns one line for each mistake, with its key. Raises nothing.
     """
-    if rrule is None:
+    if not windows or not _dateutil():
         return []
     found = ((place, _mistake(window)) for place, window in enumerate(windows))
     return [f"{KEY}:windows:{place}:{line}" for place, line in found if line]
@@ -164,7 +175,7 @@ def spans(windows: list, now: float) -> dict[str, float | None]:
     (``None`` if there is none), both in seconds since the epoch. Raises ``CommandExecutionError``
     if ``dateutil`` is missing or a window is wrong.
     """
-    if rrule is None:
+    if not _dateutil():
         raise CommandExecutionError(f"{KEY}:windows: dateutil is missing in Salt's Python")
     wrong = problems(windows)
     if wrong:

@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _modules import slmdb_tuning as tuning
+from bench import support
 
 FORMER = {
     "shared_buffers": "256MB",
@@ -137,27 +138,17 @@ def configurations(memory: int | None, disk: Path, major: int) -> dict[str, dict
     return {"debian": {}, "former": FORMER, "tuned": tuned}
 
 
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Return the median and its 95 % bootstrap interval; always the same for the same rounds."""
-    chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(5000))
-    return statistics.median(ratios), medians[125], medians[4874]
-
-
 def table(found: dict[str, dict[str, list[float]]]) -> str:
-    lines = [
-        "| workload | Debian's defaults | former | tuned | tuned / Debian | tuned / former |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = ["workload", "Debian's defaults", "former", "tuned", "tuned / Debian", "tuned / former"]
+    rows = []
     for workload in WORKLOADS:
         rounds = {name: found[name][workload] for name in found}
         cells = [f"{statistics.median(rounds[name]):.0f}" for name in found]
         for other in ("debian", "former"):
             pairs = zip(rounds["tuned"], rounds[other], strict=True)
-            middle, low, high = interval([tuned / base for tuned, base in pairs])
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {workload} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells.append(support.shown([tuned / base for tuned, base in pairs]))
+        rows.append([workload, *cells])
+    return support.table(heads, rows)
 
 
 def arguments() -> argparse.Namespace:

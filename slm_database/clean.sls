@@ -1,3 +1,4 @@
+#!yaml
 # Undoes the formula, in the reverse order. Data, roles, the secret and the packages go only where
 # slm_database:clean says so; what was kept is named at the end.
 include:

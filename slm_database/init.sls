@@ -1,3 +1,4 @@
+#!yaml
 # The whole formula, in the order in which a host becomes the database. Each component includes
 # what it stands on, so that any of them can be applied alone.
 include:

@@ -1,3 +1,4 @@
+#!yaml
 # Names what a clean left on the host.
 include:
   - slm_database.check

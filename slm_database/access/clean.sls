@@ -1,3 +1,4 @@
+#!yaml
 # The access rules are again what they were before the formula.
 include:
   - slm_database.check

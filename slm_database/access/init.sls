@@ -1,3 +1,4 @@
+#!yaml
 # Who may log in: pg_hba.conf and pg_ident.conf, judged before they count.
 include:
   - slm_database.check

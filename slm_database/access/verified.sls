@@ -1,3 +1,4 @@
+#!yaml
 # The end of a run: who must get in does, who must not is refused; else the run has failed.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # Takes our drop-in from the backend's unit.
 include:
   - slm_database.check

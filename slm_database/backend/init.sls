@@ -1,3 +1,4 @@
+#!yaml
 # What the backend's unit needs: the secret file, its place after the database, look-ups in homes.
 include:
   - slm_database.check

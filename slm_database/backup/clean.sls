@@ -1,3 +1,4 @@
+#!yaml
 # No backups are made any more; those that were made, and their key, stay.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # Backups by pgBackRest, where slm_database:backup:enabled says so; else nothing happens here.
 # That the server archives its WAL is part of its configuration (slm_database.config).
 include:

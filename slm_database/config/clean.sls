@@ -1,3 +1,4 @@
+#!yaml
 # Our file in conf.d goes; Debian's own configuration is what is left.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # Drops the databases of the settings, only with slm_database:clean:data.
 include:
   - slm_database.check

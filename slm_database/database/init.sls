@@ -1,3 +1,4 @@
+#!yaml
 # The application's database and the extra ones: owners, extensions, and nothing for PUBLIC.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # Drops the instance, only with slm_database:clean:data and if nobody else's data is in it.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # The instance: one that exists is used, else one is made. On systemd our unit is what starts it.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # Does what is parked, on purpose only: not part of the default run. A window or an approval is
 # needed; each step begins when the one before it has succeeded.
 include:

@@ -1,3 +1,4 @@
+#!yaml
 # The packages go only with slm_database:clean:packages.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # PostgreSQL's packages. A port that another program holds stops the run before anything changes.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # PGDG's repository, if pillar says `repository: pgdg`; else none of ours. The key that the
 # formula ships is compared with the pinned fingerprint before it is trusted.
 include:

@@ -1,3 +1,4 @@
+#!yaml
 # Updates of PostgreSQL come as those of any other package.
 include:
   - slm_database.check

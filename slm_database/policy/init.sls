@@ -1,3 +1,4 @@
+#!yaml
 # An update of PostgreSQL is somebody's decision: every package of the server's major is held, and
 # unattended-upgrades and needrestart are kept off the server.
 include:

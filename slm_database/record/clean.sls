@@ -1,3 +1,4 @@
+#!yaml
 # Forgets what the last apply was told.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # What this run was told, kept for reports that come without a pillar. Only a whole run records.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # Drops the roles of the settings, only with slm_database:clean:role.
 include:
   - slm_database.check

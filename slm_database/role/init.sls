@@ -1,3 +1,4 @@
+#!yaml
 # The application's role and the extra ones of the pillar. Passwords are the secret's business.
 include:
   - slm_database.check

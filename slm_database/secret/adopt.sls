@@ -1,3 +1,4 @@
+#!yaml
 # An older install's role and databases get their new names, if pillar asks for that with `adopt`.
 # Comes before the roles and databases are made, which else would make the new names anew.
 include:

@@ -1,3 +1,4 @@
+#!yaml
 # Stops a run on a secret file that cannot be used, before anything on the host is touched.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # Our keys leave the secret file only if pillar says `clean: secret: true`; else it is kept and named.
 include:
   - slm_database.check

@@ -1,3 +1,4 @@
+#!yaml
 # The password: made once, kept in the secret file, in step with the role's verifier.
 include:
   - slm_database.check

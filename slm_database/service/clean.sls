@@ -1,3 +1,4 @@
+#!yaml
 # Gives the instance back to Debian's own unit.
 include:
   - slm_database.check

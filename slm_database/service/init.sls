@@ -1,3 +1,4 @@
+#!yaml
 # The server runs, under our unit, and starts at boot.
 include:
   - slm_database.check

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 BASE = {"owner": "autobot_slm", "encoding": "UTF8", "locale": "C.UTF-8", "extensions": []}
@@ -102,3 +104,17 @@ def test_encoding_and_locale_that_cannot_be_changed_are_reported(host):
     assert host.state("slmdb_database.present").changes == {}
     lines = host.call("slmdb_instance.report")
     assert [line.partition(":")[2].partition(":")[0] for line in lines] == ["encoding", "locale"]
+
+
+def test_many_databases_take_no_connection_each(host):
+    """Hundreds of them are looked at with the two connections that a run has anyway."""
+    host.tell({"slm_database": {"databases": {f"part{number}": {} for number in range(5)}}})
+    host.call("slmdb_database.apply")
+    assert host.call("slmdb_database.differences") == {}
+    asked = "SELECT datname FROM pg_stat_activity WHERE application_name = 'slmdb' ORDER BY 1"
+    for _ in range(50):  # a session that was ended is listed for a moment
+        rows = [row["datname"] for row in host.call("slmdb_server.query", asked)]
+        if len(rows) == 2:
+            break
+        time.sleep(0.1)
+    assert rows == ["autobot_slm", "postgres"]

@@ -168,7 +168,7 @@ def test_a_stopped_postmaster_is_reported_in_time(minion):
     "catalogue", ["pg_authid", "pg_class", "pg_database", "pg_db_role_setting"]
 )
 def test_a_server_that_hangs_in_a_query_is_reported_in_time(minion, catalogue):
-    with locked(minion, catalogue):
+    with locked(minion, catalogue, "autobot_slm"):
         answer = ask(minion, None)
     assert not answer["healthy"]
     assert ask(minion)["healthy"]

@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""
+Measure what the formula costs, as ratios to what Salt costs anyway.
+
+On a booted Debian host, with everything enabled, the commands take turns in every round, so that
+what slows the machine down slows all of them; a ratio is taken within its round, and of the rounds
+the median with its 95 % bootstrap interval. The tools are hyperfine, GNU time and strace. Run it
+as root with the Python of bin/test's environment; it writes speed.json, speed.md and speed.svg:
+
+    bench/speed.py --rounds 15 --sizes --first 5 --fleet --output docs/speed
+
+Others are measured beside it where they are given: --peer-formula PATH (a checkout of
+saltstack-formulas/postgres-formula), --playbook PATH (an Ansible playbook that the host can run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import speed_fleet, speed_host, speed_size, support
+
+# What is measured: the call, what it is compared with, and the goal.
+CALLS: dict[str, tuple[tuple[str, ...], str | None, float | None]] = {
+    "empty state run": (("state.apply", "empty"), None, None),
+    "run, nothing to change": (("state.apply", "slm_database"), "empty state run", 1.3),
+    "the same, test=True": (("state.apply", "slm_database", "test=True"), "empty state run", 1.3),
+    "test.ping": (("test.ping",), None, None),
+    "slmdb.health": (("slmdb.health",), "test.ping", 1.15),
+}
+PROCESSES = 6
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def take_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Run every command once in every round, after a round that does not count."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for turn in range(rounds + 1):
+        for name, words in commands.items():
+            seen = speed_host.timed(words)
+            if turn:
+                found[name].append(seen)
+        say(f"round {turn} of {rounds}")
+    return found
+
+
+def others(bench: speed_host.Bench, given: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the command lines of what is measured beside the formula, prepared on the host."""
+    found = {}
+    if given.peer_formula:
+        target = f"{speed_host.ROOTS}/postgres"
+        pack = ["tar", "-C", str(given.peer_formula / "postgres"), "-cf", "-", "."]
+        archive = subprocess.run(pack, check=True, capture_output=True).stdout
+        unpack = [*bench.host._enter(), "bash", "-c", f"mkdir -p {target}; tar -C {target} -xf -"]
+        subprocess.run(unpack, input=archive, check=True)
+        found["postgres-formula"] = bench.words("state.apply", "postgres")
+    if given.playbook:
+        bench.host.write("/srv/playbook.yml", given.playbook.read_text())
+        words = ["ansible-playbook", "-c", "local", "-i", "localhost,", "/srv/playbook.yml"]
+        found["Ansible playbook"] = [*bench.host._enter(), *words]
+    return found
+
+
+def ratios(found: dict[str, list[dict]], name: str, base: str, what: str) -> list[float]:
+    pairs = zip(found[name], found[base], strict=True)
+    return [mine[what] / floor[what] for mine, floor in pairs]
+
+
+def runs(bench: speed_host.Bench, given: argparse.Namespace) -> dict[str, Any]:
+    """Measure time, memory and processes of the calls."""
+    commands = {name: bench.words(*call) for name, (call, _, _) in CALLS.items()}
+    found: dict[str, Any] = {"times": take_turns(commands | others(bench, given), given.rounds)}
+    found["memory"] = {
+        name: [speed_host.memory(words) for _ in range(3)] for name, words in commands.items()
+    }
+    found["processes"] = {name: speed_host.processes(words) for name, words in commands.items()}
+    return found
+
+
+def first(rounds: int, release: str) -> dict[str, list[float]]:
+    """Measure a first apply on a bare host, and the same packages by apt with a server start."""
+    found: dict[str, list[float]] = {"apply": [], "apt-get": []}
+    for _ in range(rounds):
+        for name, seconds in found.items():
+            with speed_host.Bench(release) as bench:
+                fetch = "apt-get -qq update; apt-get -qqy --download-only install"
+                bench.host.run(f"{fetch} {speed_host.PACKAGES}", timeout=900)
+                begun = time.monotonic()
+                if name == "apply":
+                    bench.apply()
+                else:
+                    install = f"apt-get -qqy install {speed_host.PACKAGES}"
+                    bench.host.run(f"{install} && pg_lsclusters | grep -q online", timeout=900)
+                seconds.append(time.monotonic() - begun)
+                say(f"{name} on a bare host: {seconds[-1]:.1f} s")
+    return found
+
+
+def rows(found: dict[str, Any]) -> list[list[object]]:
+    """Return the table: what, its ratio by the clock and by CPU, the goal."""
+    times, made = found["times"], []
+    for name, (_, base, goal) in CALLS.items():
+        clock = support.shown([one["wall"] for one in times[name]])
+        if base is None:
+            made.append([name, clock, "1", "1", ""])
+            continue
+        cells = [support.shown(ratios(times, name, base, what)) for what in ("wall", "cpu")]
+        made.append([name, clock, *cells, f"≤ {goal}"])
+    for name in times:
+        if name not in CALLS:
+            clock = support.shown([one["wall"] for one in times[name]])
+            cells = [
+                support.shown(ratios(times, name, "empty state run", what))
+                for what in ("wall", "cpu")
+            ]
+            made.append([name, clock, *cells, ""])
+    return made
+
+
+def counts(found: dict[str, Any]) -> list[list[object]]:
+    floor = statistics.median(found["memory"]["empty state run"])
+    made = []
+    for name in CALLS:
+        memory = statistics.median(found["memory"][name])
+        programs = [Path(path).name for path in found["processes"][name]]
+        ratio = f"{memory / floor:.2f}"
+        made.append([name, f"{memory:.0f}", ratio, len(programs), ", ".join(programs)])
+    return made
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Return everything that was measured as Markdown tables."""
+    heads = ["", "seconds", "ratio by the clock", "ratio by CPU", "goal"]
+    parts = [support.table(heads, rows(found))]
+    heads = ["", "peak memory, MB", "ratio", "processes", "which"]
+    parts.append(support.table(heads, counts(found)))
+    if "first" in found:
+        pairs = zip(found["first"]["apply"], found["first"]["apt-get"], strict=True)
+        cells = [support.shown(found["first"][name], 1) for name in ("apply", "apt-get")]
+        line = [*cells, support.shown([mine / apt for mine, apt in pairs]), "≤ 1.25"]
+        heads = ["first apply, s", "apt-get install and start, s", "ratio", "goal"]
+        parts.append(support.table(heads, [line]))
+    for what, head in (("pillar", "roles and rules in pillar"), ("tables", "tables")):
+        if what in found:
+            parts.append(_sizes(found[what], head))
+    if "fleet" in found:
+        parts.append(speed_fleet.markdown(found["fleet"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _sizes(found: dict[str, Any], head: str) -> str:
+    if "run" in next(iter(found.values())):
+        lines = [
+            [
+                number,
+                *(support.shown([one["wall"] for one in made[what]]) for what in ("run", "health")),
+            ]
+            for number, made in found.items()
+        ]
+        return support.table([head, "quiet run, s", "slmdb.health, s"], lines)
+    lines = [
+        [number, support.shown([one["wall"] for one in made])] for number, made in found.items()
+    ]
+    return support.table([head, "quiet run, s"], lines)
+
+
+def plot(found: dict[str, Any]) -> str:
+    bars = []
+    for name, (_, base, goal) in CALLS.items():
+        if base is not None:
+            ratio = statistics.median(ratios(found["times"], name, base, "wall"))
+            bars.append((f"{name} / {base}", ratio, goal))
+    return support.bars("What the formula costs (line: the goal)", bars, "x")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--release", default="bookworm", help="Debian's release of the host")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--first", type=int, default=0, help="rounds of first applies")
+    parser.add_argument("--sizes", action="store_true", help="pillars and tables of three sizes")
+    parser.add_argument("--fleet", action="store_true", help="a master with up to 20 minions")
+    parser.add_argument("--peer-formula", type=Path, help="a checkout of postgres-formula")
+    parser.add_argument("--playbook", type=Path, help="an Ansible playbook")
+    parser.add_argument("--output", type=Path, default=Path("speed"), help="path without an ending")
+    return parser.parse_args()
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    with speed_host.Bench(given.release) as bench:
+        bench.ready()
+        found |= runs(bench, given)
+        if given.sizes:
+            say("sizes")
+            found["tables"] = speed_size.tables(bench, [10, 10_000, 100_000], 7)
+            found["pillar"] = speed_size.pillars(bench, [1, 100, 1_000], 5)
+    if given.first:
+        found["first"] = first(given.first, given.release)
+    if given.fleet:
+        found["fleet"] = speed_fleet.measure([1, 5, 10, 20])
+    return found
+
+
+def main() -> None:
+    given = arguments()
+    found = measure(given)
+    text = markdown(found)
+    given.output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    given.output.with_suffix(".md").write_text(text)
+    given.output.with_suffix(".svg").write_text(plot(found))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
