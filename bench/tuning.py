@@ -7,18 +7,17 @@ slows the machine down slows all of them. Four workloads: pgbench's three, and o
 backend's (heartbeats, batches of trace spans, dashboard reads). Printed is a table of medians and,
 for each ratio, its 95 % bootstrap interval over the rounds. Run it as root:
 
-    bench/tuning.py --scale 100 --rounds 5 --seconds 20
+    bench/tuning.py --scale 100 --rounds 7 --seconds 120 --operations 3000 --megabytes 125
+    bench/tuning.py --scale 300 --rounds 7 --seconds 60 --memory 2048
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
-import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _modules import slmdb_tuning as tuning
-from bench import support
+from bench import smaller, support
+from bench.scratch import WORKLOADS, Server
 
 FORMER = {
     "shared_buffers": "256MB",
@@ -38,91 +38,6 @@ FORMER = {
     "min_wal_size": "1GB",
     "max_wal_size": "2GB",
 }
-WORKLOADS = ("tpcb-like", "simple-update", "select-only", "backend")
-SCHEMA = """
-CREATE TABLE nodes (id int PRIMARY KEY, name text, status text, last_seen timestamptz);
-CREATE TABLE trace_spans (
-    id bigserial PRIMARY KEY, trace uuid, node int, name text, started timestamptz, took float);
-CREATE INDEX ON trace_spans (trace);
-CREATE INDEX ON trace_spans (node, started);
-INSERT INTO nodes SELECT n, 'node ' || n, 'up', now() FROM generate_series(1, 500) n;
-INSERT INTO trace_spans (trace, node, name, started, took)
-SELECT gen_random_uuid(), n % 500 + 1, 'span ' || n % 50, now() - n * interval '1 s', random()
-FROM generate_series(1, {spans}) n;
-"""
-# Of a hundred transactions: sixty heartbeats, ten batches of a hundred spans, thirty reads.
-HEARTBEAT = r"""\set node random(1, 500)
-UPDATE nodes SET last_seen = now(), status = 'up' WHERE id = :node;
-"""
-BATCH = r"""\set node random(1, 500)
-INSERT INTO trace_spans (trace, node, name, started, took)
-SELECT gen_random_uuid(), :node, 'span ' || n % 50, now(), random()
-FROM generate_series(1, 100) n;
-"""
-DASHBOARD = r"""\set node random(1, 500)
-SELECT name, count(*), avg(took), max(took) FROM (
-    SELECT name, took FROM trace_spans WHERE node = :node ORDER BY started DESC LIMIT 500) s
-GROUP BY name ORDER BY avg(took) DESC LIMIT 10;
-"""
-SCRIPTS = {"heartbeat": (HEARTBEAT, 60), "batch": (BATCH, 10), "dashboard": (DASHBOARD, 30)}
-
-
-class Server:
-    """A scratch server in a directory of its own."""
-
-    def __init__(self, directory: Path, binaries: Path, spans: int):
-        self.directory, self.binaries, self.spans = directory, binaries, spans
-        shutil.chown(directory, "postgres", "postgres")
-        self.run("initdb", "-D", "data", "-A", "trust", "--no-sync", "--data-checksums")
-        for name, (text, _) in SCRIPTS.items():
-            (directory / f"{name}.sql").write_text(text)
-
-    def run(self, program: str, *words: str) -> str:
-        command = ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--init-groups"]
-        answer = subprocess.run(
-            [*command, str(self.binaries / program), *words],
-            cwd=self.directory,
-            env={"PATH": os.environ["PATH"], "LC_ALL": "C", "PGHOST": str(self.directory)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if answer.returncode:
-            sys.exit(f"{program}: {answer.stderr.strip()}")
-        return answer.stdout
-
-    def start(self, settings: dict[str, str]) -> None:
-        own = {"listen_addresses": "", "unix_socket_directories": str(self.directory)}
-        lines = [f"{name} = '{value}'\n" for name, value in {**settings, **own}.items()]
-        (self.directory / "data" / "postgresql.auto.conf").write_text("".join(lines))
-        self.run("pg_ctl", "-D", "data", "-l", "log", "-w", "start")
-
-    def stop(self) -> None:
-        self.run("pg_ctl", "-D", "data", "-m", "fast", "-w", "-t", "600", "stop")
-
-    def sql(self, *statements: str) -> None:
-        words = [word for statement in statements for word in ("-c", statement)]
-        self.run("psql", "-q", "-v", "ON_ERROR_STOP=1", "-d", "postgres", *words)
-
-    def fill(self, scale: int) -> None:
-        self.start({"max_wal_size": "8GB", "fsync": "off"})
-        self.run("pgbench", "-i", "-q", "-s", str(scale), "postgres")
-        self.sql(SCHEMA.format(spans=self.spans), "VACUUM ANALYZE", "CHECKPOINT")
-        self.stop()
-
-    def measure(self, workload: str, seconds: int, clients: int) -> float:
-        """Return transactions per second, from the same data every time."""
-        self.sql(f"DELETE FROM trace_spans WHERE id > {self.spans}", "TRUNCATE pgbench_history")
-        self.sql("VACUUM pgbench_tellers, pgbench_branches, nodes, trace_spans", "CHECKPOINT")
-        words = ["-n", "-T", str(seconds), "-c", str(clients), "-j", "2", "-M", "prepared"]
-        if workload == "backend":
-            for name, (_, weight) in SCRIPTS.items():
-                words += ["-f", f"{name}.sql@{weight}"]
-        else:
-            words += ["-b", workload]
-        answer = self.run("pgbench", *words, "postgres")
-        match = re.search(r"tps = ([\d.]+)", answer)
-        return float(match[1]) if match else 0.0
 
 
 def configurations(memory: int | None, disk: Path, major: int) -> dict[str, dict[str, str]]:
@@ -141,7 +56,7 @@ def configurations(memory: int | None, disk: Path, major: int) -> dict[str, dict
 def table(found: dict[str, dict[str, list[float]]]) -> str:
     heads = ["workload", "Debian's defaults", "former", "tuned", "tuned / Debian", "tuned / former"]
     rows = []
-    for workload in WORKLOADS:
+    for workload in found["tuned"]:
         rounds = {name: found[name][workload] for name in found}
         cells = [f"{statistics.median(rounds[name]):.0f}" for name in found]
         for other in ("debian", "former"):
@@ -158,43 +73,58 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=20, help="for each measurement")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--memory", type=int, help="MB that the settings are made for")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
+    parser.add_argument("--memory", type=int, help="MB: the server is held to it, and tuned for it")
+    parser.add_argument("--operations", type=int, help="a second, each way: limits the disk")
+    parser.add_argument("--megabytes", type=int, default=125, help="a second, likewise")
     parser.add_argument("--directory", default="/var/tmp", help="where the scratch server is made")
     parser.add_argument("--binaries", type=Path, default=Path("/usr/lib/postgresql/15/bin"))
     return parser.parse_args()
 
 
+def play(server: Server, made: dict[str, dict[str, str]], given: argparse.Namespace) -> dict:
+    """Let the configurations take turns; return transactions per second, round by round."""
+    found: dict = {name: {workload: [] for workload in given.workloads} for name in made}
+    for turn in range(given.rounds):
+        names = list(made)
+        random.Random(turn).shuffle(names)
+        for name in names:
+            server.start(made[name])
+            server.warm()
+            for workload in given.workloads:
+                tps = server.measure(workload, given.seconds, given.clients)
+                found[name][workload].append(tps)
+                stamp = time.strftime("%H:%M:%S")
+                print(f"{stamp} {turn + 1} {name} {workload} {tps:.0f}", file=sys.stderr)
+            server.stop()
+    return found
+
+
+def measure_in(directory: Path, given: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        limit = None
+        if given.operations:
+            size = 24 + given.scale // 30
+            wanted = (directory, size, given.operations, given.megabytes)
+            directory, limit = stack.enter_context(smaller.disk(*wanted))
+        memory = given.memory * 1024**2 if given.memory else None
+        made = configurations(memory, directory, int(given.binaries.parent.name))
+        server = Server(directory, given.binaries, given.spans)
+        stack.callback(server.kill)
+        server.fill(given.scale)
+        if limit:
+            limit()
+        if given.memory:
+            stack.enter_context(smaller.memory(given.memory))
+            stack.callback(server.kill)
+        print(table(play(server, made, given)))
+
+
 def main() -> None:
     given = arguments()
-    directory = Path(tempfile.mkdtemp(prefix="slmdb-bench-", dir=given.directory))
-    major = int(given.binaries.parent.name)
-    memory = given.memory * 1024**2 if given.memory else None
-    made = configurations(memory, directory, major)
-    found: dict[str, dict[str, list[float]]] = {n: {w: [] for w in WORKLOADS} for n in made}
-    try:
-        server = Server(directory, given.binaries, given.spans)
-        server.fill(given.scale)
-        for turn in range(given.rounds):
-            names = list(made)
-            random.Random(turn).shuffle(names)
-            for name in names:
-                server.start(made[name])
-                server.sql("SELECT count(*) FROM pgbench_accounts")
-                for workload in WORKLOADS:
-                    tps = server.measure(workload, given.seconds, given.clients)
-                    found[name][workload].append(tps)
-                    stamp = time.strftime("%H:%M:%S")
-                    print(f"{stamp} {turn + 1} {name} {workload} {tps:.0f}", file=sys.stderr)
-                server.stop()
-        print(table(found))
-    finally:
-        subprocess.run(
-            ["sh", "-c", 'kill -QUIT "$(head -1 data/postmaster.pid)" 2>/dev/null; sleep 1'],
-            cwd=directory,
-            check=False,
-            stderr=subprocess.DEVNULL,
-        )
-        shutil.rmtree(directory, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="slmdb-bench-", dir=given.directory) as directory:
+        Path(directory).chmod(0o755)
+        measure_in(Path(directory), given)
 
 
 if __name__ == "__main__":
