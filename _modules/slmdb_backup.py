@@ -291,6 +291,62 @@ def restore(
     return __salt__["slmdb_restore.beside"](instance, port, **target)
 
 
+def dump() -> dict[str, Any]:
+    """
+    Dump the databases by pg_dump, and the roles without passwords, for another machine or major.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.dump
+
+    Returns ``name``, ``path``, ``made``, ``files``, ``bytes``, ``seconds`` and ``removed`` (dumps
+    older than every backup that is kept). Raises ``CommandExecutionError`` if the disk would not
+    hold it, another dump runs, or a program fails; nothing is left of it then.
+    """
+    _enabled()
+    return __salt__["slmdb_backup_dump.create"]()
+
+
+def dumps() -> list[dict[str, Any]]:
+    """
+    List the dumps, oldest first.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.dumps
+
+    Returns for each ``name``, ``path``, ``made`` (UTC), ``files`` and ``bytes``. Raises
+    ``CommandExecutionError`` if their directory cannot be read.
+    """
+    return __salt__["slmdb_backup_dump.list"]()
+
+
+def copy(path: str) -> dict[str, Any]:
+    """
+    Make one encrypted file of all that a new host needs besides the repository.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.copy path=/root/slm-copy.age
+
+    path
+        The file to write; take it off the host then.
+
+    Returns ``path``, ``bytes``, ``made``, ``recipients`` (how many can open it) and ``holds``
+    (names of files: secrets, the repository's key, settings, the instance's configuration).
+    Raises ``SaltInvocationError`` if ``backup:copy:recipients`` is empty or the path cannot be
+    used, ``CommandExecutionError`` if something is missing or age fails.
+    """
+    _enabled()
+    return __salt__["slmdb_backup_copy.make"](path)
+
+
 def _wrong(text: str) -> list[str]:
     """The lines of a report that count something missing or invalid."""
     found, part = [], ""

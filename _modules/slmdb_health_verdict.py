@@ -42,6 +42,7 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
     """
     problems = [*_server(report, settings), *_inside(report, settings), *_access(report, settings)]
     warnings = [*_unit_warnings(report), *_address_warnings(report, settings)]
+    warnings += _lost_secrets(report, settings)
     for part in (_secret, _upkeep, _capacity):
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
@@ -125,6 +126,15 @@ def _address_warnings(report: dict[str, Any], settings: dict[str, Any]) -> Itera
     for address in settings["listen_addresses"]:
         if address not in ("*", "0.0.0.0", "::", "localhost") and address not in listened:
             yield f"slm_database:listen_addresses: nothing listens on {address}"
+
+
+def _lost_secrets(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    missing = (report["secret"] or {}).get("missing_keys")
+    if settings["secret"]["allow_new"] and missing:
+        yield (
+            f"slm_database:secret:allow_new: only the password is made anew; {', '.join(missing)} "
+            "came with no copy, and what they encrypted is lost: take the key out of pillar"
+        )
 
 
 def _secret(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:

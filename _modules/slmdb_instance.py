@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -22,6 +23,7 @@ _SETTING = re.compile(
     r"^[ \t]*(data_directory|hba_file|ident_file|port)[ \t]*[= \t][ \t]*('(?:[^'\n]|'')*'|[^\s#]+)",
     re.IGNORECASE | re.MULTILINE,
 )
+RECOVERY = "/var/lib/autobot-slm-database/recovery.json"
 
 
 def __virtual__() -> str:
@@ -181,6 +183,28 @@ def facts() -> dict[str, Any]:
     }
 
 
+def system_identifier(data_directory: str | None = None) -> int | None:
+    """
+    Return what tells an instance from every other, as initdb gave it; no server need run.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.system_identifier
+
+    data_directory
+        Another data directory; default: the instance's.
+
+    Returns a number, ``None`` if there is no data. Raises ``CommandExecutionError`` if it cannot
+    be read.
+    """
+    directory = data_directory or facts()["data_directory"]
+    control = __salt__["slmdb_file.read"](os.path.join(directory, "global/pg_control"))
+    # It has been the first field of the control file in every release.
+    return int.from_bytes(control[:8], sys.byteorder) if control else None
+
+
 def _listeners(port: int) -> list[str]:
     """The local addresses on which anything listens at a TCP port, from the kernel."""
     found = []
@@ -309,6 +333,8 @@ def apply() -> None:
         # pg_createcluster cleans up after a failed initdb itself; what a kill leaves is refused
         # by differences(), which names the way out.
         raise CommandExecutionError(f"pg_createcluster: {_why(answer)}")
+    # Somebody wants an empty one: a recovery that was begun earlier must not overwrite it.
+    __salt__["slmdb_file.remove"](RECOVERY)
 
 
 def _why(answer: dict) -> str:

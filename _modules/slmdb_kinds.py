@@ -253,6 +253,15 @@ _KINDS: dict[str, _Kind] = {
         "never the password itself",
         _matches(r"[A-Za-z0-9_.-]+(:[A-Za-z0-9_.-]+)*"),
     ),
+    "recipient": _Kind(
+        "the public key of a recipient",
+        "age1… as age-keygen -y prints it, or a public SSH key (ssh-ed25519 or ssh-rsa); "
+        "never the secret one",
+        _matches(
+            r"age1[02-9ac-hj-np-z]{58}"
+            r"|ssh-(?:ed25519|rsa) [A-Za-z0-9+/]{64,1000}={0,2}(?: [ -~]{1,200})?"
+        ),
+    ),
     "relative_path": _Kind(
         "a path", "an absolute path, or one below the backend's directory", _is_relative_path
     ),

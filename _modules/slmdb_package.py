@@ -48,6 +48,8 @@ def names() -> list[str]:
         wanted.append("python3-psycopg2")
     if get("backup", "enabled"):
         wanted.append("pgbackrest")
+        if get("backup", "copy", "recipients"):
+            wanted.append("age")
     return wanted + [name for name in get("packages") if name not in wanted]
 
 

@@ -210,6 +210,45 @@ def get(*keys: str) -> Any:
     return value
 
 
+def beyond_defaults(recorded: dict) -> dict:
+    """
+    Return the pillar that would give the settings of a record.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pillar.beyond_defaults "$(cat /var/lib/autobot-slm-database/settings.json)"
+
+    recorded
+        Settings, as an apply records them.
+
+    Returns what is in them and not in the defaults. Raises ``CommandExecutionError`` if the
+    defaults cannot be read.
+    """
+    defaults = _defaults()
+    if not defaults:
+        raise CommandExecutionError(
+            f"slm_database: {FILES[0]} cannot be read; is the formula in file_roots?"
+        )
+    found = _beyond(recorded, defaults)
+    found.pop("distribution", None)  # this host's release decides
+    return found
+
+
+def _beyond(value: dict, default: dict) -> dict:
+    found = {}
+    for key, one in value.items():
+        below = default.get(key)
+        if isinstance(one, dict) and isinstance(below, dict) and below:
+            inner = _beyond(one, below)
+            if inner:
+                found[key] = inner
+        elif one != below:
+            found[key] = one
+    return found
+
+
 def problems() -> list[str]:
     """
     Check the pillar as a whole.

@@ -23,8 +23,8 @@ def __virtual__() -> str:
 
 def _text() -> bytes:
     settings = copy.deepcopy(__salt__["slmdb_pillar.settings"]())
-    # An approval is for one run; a report that reads the record must not find it again.
-    settings["maintenance"]["approve"] = False
+    # These are for one run; a report that reads the record must not find them again.
+    settings["maintenance"]["approve"] = settings["secret"]["allow_new"] = False
     return (json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n").encode()
 
 
@@ -100,12 +100,14 @@ def remove() -> None:
 
 
 def _state_files() -> list[str]:
-    """All that the formula remembers; the Salt of bin/apply lives beside it and stays."""
+    """All that the formula remembers; the Salt of bin/apply and the dumps beside it stay."""
+    dumps = __salt__["slmdb_pillar.get"]("backup", "dump", "path")
     try:
         names = sorted(os.listdir(DIRECTORY))
     except FileNotFoundError:
         return []
-    return [f"{DIRECTORY}/{name}" for name in names if name != "salt"]
+    paths = [f"{DIRECTORY}/{name}" for name in names if name != "salt"]
+    return [path for path in paths if not f"{dumps}/".startswith(f"{path}/")]
 
 
 def kept() -> list[str]:
@@ -132,6 +134,9 @@ def kept() -> list[str]:
     secret = __salt__["slmdb_pillar.get"]("secret", "file")
     if os.path.exists(secret):
         lines.append(f"kept: {secret} (slm_database:clean:secret)")
+    if __salt__["slmdb_backup_dump.list"]():
+        path = __salt__["slmdb_pillar.get"]("backup", "dump", "path")
+        lines.append(f"kept: the dumps in {path} (no key: remove them by hand)")
     if found["version"] and os.path.exists(found["bin_directory"]):
         lines.append("kept: PostgreSQL's packages (slm_database:clean:packages)")
     return lines

@@ -234,14 +234,22 @@ class Plan(str):
         for source, password in candidates.items():
             if self.in_step(password):
                 return source, password
+        if __salt__["slmdb_pillar.get"]("secret", "allow_new"):
+            source = f"supplied by pillar key {self.want['from_pillar']}"
+            return (source, self.supplied) if self.supplied else self._anew()
         role, key = self.want["role"], self.want["key"]
         tried = f" (what is {', '.join(candidates)} is not it)" if candidates else ""
         raise CommandExecutionError(
             f"role {role} has a password, but {self.store.path} has no {key}{tried}: either write "
             f"the password there as {key}=... (or name the file that has it, on older hosts "
-            f"{CREDENTIALS}, in slm_database:adopt:credentials_file), or, if nobody knows it, run "
-            f"ALTER ROLE {role} PASSWORD NULL and apply again: a new one is made then"
+            f"{CREDENTIALS}, in slm_database:adopt:credentials_file), or, if nobody knows it, set "
+            "slm_database:secret:allow_new: true for one run: a new one is made then"
         )
+
+    def _anew(self) -> tuple[str, str]:
+        """Return a new password for a role whose old one is lost with its host."""
+        source = "generated anew; the backend's own secrets are not in the file, and are lost"
+        return source, generated(self.want["length"])
 
     def _note(self, what: str, old: Any, new: Any) -> None:
         self.changes[what] = {"old": old, "new": new}

@@ -87,3 +87,19 @@ def test_a_setting_that_does_not_exist_is_one_line(bare, minions, keys):
     """Asked for by mistake in code or by hand."""
     with pytest.raises(Exception, match=f"slm_database:{':'.join(keys)}: there is no such setting"):
         minions().call("slmdb_pillar.get", *keys)
+
+
+@pytest.mark.parametrize(
+    "pillar",
+    [
+        {},
+        {"port": 5433},
+        {"secret": {"url_keys": []}, "tuning": {"memory": "8GB"}},
+        {"roles": {"reporting": None}, "backup": {"schedule": {"full": None}}},
+        {"hba": {"after": [{"type": "local", "database": "all", "user": "a", "method": "peer"}]}},
+    ],
+)
+def test_a_record_tells_the_pillar_that_it_was_made_from(minions, pillar):
+    """Neither a default nor what the distribution's release decides is in it."""
+    recorded = minions({"slm_database": pillar}).call("slmdb_pillar.settings")
+    assert minions().call("slmdb_pillar.beyond_defaults", recorded) == pillar

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import threading
 import time
@@ -261,6 +262,22 @@ def test_a_value_cut_off_by_a_full_disk_is_not_taken_for_the_password(host):
     assert secrets.seen() == before
 
 
+def test_a_new_password_is_made_only_where_pillar_allows_it(host, minions):
+    """For one run: the role gets it, the change says what is lost, the record forgets the key."""
+    secrets.psql("ALTER ROLE autobot_slm PASSWORD 'unknown'")
+    minion = minions({"slm_database": {"secret": {"allow_new": True}}})
+    announced = minion.state("slmdb_secret.present", test=True)
+    made = minion.state("slmdb_secret.present")
+    assert (made.result, made.changes) == (True, announced.changes)
+    assert "backend's own secrets are not in the file" in made.changes["SLM_DB_PASSWORD"]["new"]
+    password = secrets.value("SLM_DB_PASSWORD")
+    assert secrets.log_in(password) and not secrets.log_in("unknown")
+    assert minion.state("slmdb_secret.present").changes == {}
+    assert minion.state("slmdb_record.present").result is True
+    recorded = Path("/var/lib/autobot-slm-database/settings.json").read_text()
+    assert json.loads(recorded)["secret"]["allow_new"] is False
+
+
 def test_a_password_that_nobody_has_written_down_is_not_guessed(host):
     """A role with a password but no file: the message has both ways out, and each works."""
     secrets.psql("ALTER ROLE autobot_slm PASSWORD 'unknown'")
@@ -269,7 +286,7 @@ def test_a_password_that_nobody_has_written_down_is_not_guessed(host):
         run = host.state(state)
         assert run.result is False
         assert "SLM_DB_PASSWORD=" in run.comment
-        assert "ALTER ROLE autobot_slm PASSWORD NULL" in run.comment
+        assert "slm_database:secret:allow_new" in run.comment
     assert secrets.seen() == before
     secrets.write(b"SLM_DB_PASSWORD=unknown\n")
     apply(host)

@@ -176,6 +176,15 @@ def test_listening_off_loopback_is_fine_when_it_is_allowed(judge):
     assert judge("access.addresses", addresses, allow_remote=True)["problems"] == []
 
 
+def test_a_new_password_on_a_new_host_does_not_bring_the_backend_s_secrets(judge):
+    """Said only where pillar allows a new password, and only while they are missing."""
+    secret = {**yaml.safe_load((CHECKOUT / "slm_database/defaults.yaml").read_text())["secret"]}
+    secret["allow_new"] = True
+    assert judge(secret=secret) == {"problems": [], "warnings": []}
+    said = judge("secret.missing_keys", ["SLM_ENCRYPTION_KEY"], secret=secret)["warnings"]
+    assert any("SLM_ENCRYPTION_KEY came with no copy" in line for line in said)
+
+
 def test_a_server_that_did_not_answer_is_said_once(judge):
     said = judge("server.version", None)
     assert said == {"problems": [], "warnings": []}

@@ -132,6 +132,7 @@ WRONG = [
     (_rule(metod="md5"), "hba:before:0:metod", "", "method"),
     ({5432: 1}, "5432", "", "known here"),
     ({"port": 0}, "port", "0", "1 to 65535"),
+    ({"backup": {"copy": {"recipients": [CANARY]}}}, "backup:copy:recipients:0", "", "age1"),
     ({"port": 70000}, "port", "70000", "1 to 65535"),
     ({"port": -1}, "port", "-1", "1 to 65535"),
     ({"port": True}, "port", "true", "1 to 65535"),
