@@ -347,6 +347,31 @@ def copy(path: str) -> dict[str, Any]:
     return __salt__["slmdb_backup_copy.make"](path)
 
 
+def drill(repository: int | None = None) -> dict[str, Any]:
+    """
+    Prove a backup: restore the latest and its WAL into a throw-away instance, and look.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.drill
+
+    repository
+        Its number; ``None``: the one whose last drill is the longest ago.
+
+    Returns ``proven``, ``problems`` (lines), ``label``, ``repository``, ``at`` (UTC),
+    ``rpo_seconds``, ``rto_seconds`` and more, and remembers it. The return code is 1 if it is not
+    proven. Raises ``SaltInvocationError`` for another number, ``CommandExecutionError`` while
+    another drill runs.
+    """
+    _enabled()
+    answer = __salt__["slmdb_backup_drill.run"](repository)
+    if not answer["proven"]:
+        __context__["retcode"] = 1
+    return answer
+
+
 def _wrong(text: str) -> list[str]:
     """The lines of a report that count something missing or invalid."""
     found, part = [], ""

@@ -275,6 +275,11 @@ _KINDS: dict[str, _Kind] = {
         f"{_NAME}, not beginning with pg_, and none of postgres, public, none",
         _is_role,
     ),
+    "room": _Kind(
+        "a part of a disk",
+        "such as 10% or 20GB",
+        _matches(r"[1-9]?[0-9]%|[1-9][0-9]{0,6} ?(MB|GB|TB)"),
+    ),
     "rotation": _Kind("a length of time", "such as 90d or 12w", _matches(r"[1-9][0-9]{0,3}[dw]")),
     "rrule": _Kind(
         "a recurrence rule",

@@ -4,7 +4,6 @@ A maintenance: everything that is parked, done in one go, each step only after t
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import threading
@@ -15,9 +14,6 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb_maintenance"
 
-log = logging.getLogger(__name__)
-
-TAG = "slmdb/maintenance"
 ROOM = 512 * 1024**2
 HEALTH_TIMEOUT = 10
 LONG = 60
@@ -224,12 +220,7 @@ STEPS = {
 
 def _tell(step: str, state: str, said: str = "") -> None:
     """Show progress while it happens: a line on the minion, an event on the master's bus."""
-    # An operator who waits wants to see it, so it has a level that is shown by default.
-    log.warning("slmdb maintenance: %s: %s%s", step, state, f": {said}" if said else "")
-    if __opts__.get("file_client") == "local" and not __opts__.get("use_master_when_local"):
-        return
-    data = {"step": step, "state": state, "comment": said}
-    __salt__["event.send"](f"{TAG}/{step.replace(' ', '_')}/{state}", data)
+    __salt__["slmdb_event.tell"]("maintenance", step, state, said)
 
 
 def _bring_up() -> str:

@@ -5,6 +5,7 @@ Schema changes: what the database has, what the backend's code wants, and how on
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -55,7 +56,7 @@ def _composed(text: str, *names: str) -> Any:
     return sql.SQL(text).format(*(sql.Identifier(name) for name in names))
 
 
-def tracked() -> dict[str, Any]:
+def tracked(query: Callable | None = None) -> dict[str, Any]:
     """
     Read from the database how its schema is tracked, and which revisions it has.
 
@@ -65,6 +66,9 @@ def tracked() -> dict[str, Any]:
 
         salt-call slmdb_migration.tracked
 
+    query
+        For callers in Python: who asks another server, as ``slmdb_server.query`` asks ours.
+
     Returns ``tracked_by`` (names of the tables that track, with their schema), ``alembic``
     (whether Alembic's is one of them), ``current`` (Alembic's revisions) and ``applied`` (names in
     ``migrations_applied``, oldest first). Raises ``CommandExecutionError`` if the database cannot
@@ -72,7 +76,7 @@ def tracked() -> dict[str, Any]:
     """
     wanted = __salt__["slmdb_pillar.settings"]()["migration"]
     schema, table = wanted["version_schema"], wanted["version_table"]
-    query, where = __salt__["slmdb_server.query"], database()
+    query, where = query or __salt__["slmdb_server.query"], database()
     answer: dict[str, Any] = {"tracked_by": [], "alembic": False, "current": [], "applied": []}
     for row in query(TABLES, {"schema": schema, "table": table}, database=where):
         answer["tracked_by"].append(f"{row['schema']}.{row['name']}")

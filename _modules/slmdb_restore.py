@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -146,8 +147,25 @@ def _room(directory: str, needed: int) -> None:
         )
 
 
-def _files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
-    """Restore the files into a directory that is made; nothing is left of it if that fails."""
+def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
+    """
+    Restore the files into a directory that is made; nothing is left of it if that fails.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_restore.plan
+
+    directory
+        Where; it does not exist yet.
+    chosen
+        What ``plan`` returned.
+    archive
+        Whether a server on these files shall archive its WAL.
+
+    Raises ``CommandExecutionError`` if pgBackRest or the disk refuses.
+    """
     found = __salt__["slmdb_instance.facts"]()
     try:
         os.mkdir(directory, 0o700)
@@ -164,7 +182,21 @@ def _files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
         raise
 
 
-def _limits(directory: str) -> dict[str, str]:
+def limits(directory: str) -> dict[str, str]:
+    """
+    Return the settings that a server needs at least to replay WAL over restored files.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_restore.limits /var/lib/postgresql/15/main
+
+    directory
+        The data directory.
+
+    Returns name to value. Raises nothing.
+    """
     found = __salt__["slmdb_instance.facts"]()
     answer = __salt__["cmd.run_all"](
         [f"{found['bin_directory']}/pg_controldata", directory],
@@ -220,11 +252,11 @@ def beside(
     number = _port(port)
     _room(os.path.dirname(directory), chosen["bytes"])
     _archive_all(found)
-    _files(directory, chosen, archive=False)
+    files(directory, chosen, archive=False)
     try:
         _register(found, instance, directory, number)
         _run(["pg_ctlcluster", version, instance, "start"])
-        _until_recovered(directory, number, instance)
+        _started(directory, number, instance)
     except CommandExecutionError as err:
         _discard(version, instance, directory)
         raise CommandExecutionError(_reason(err, chosen)) from None
@@ -253,7 +285,7 @@ def _register(found: dict[str, Any], instance: str, directory: str, port: int) -
     """Make the restored files an instance; pg_createcluster takes its configuration from them."""
     version, user = found["version"], found["user"]
     own = {
-        **_limits(directory),
+        **limits(directory),
         "listen_addresses": "127.0.0.1",
         "unix_socket_directories": found["socket_directory"],
         "archive_mode": "off",
@@ -280,31 +312,54 @@ def _run(command: list[str]) -> None:
         raise CommandExecutionError(f"{command[0]}: {words}")
 
 
-def _until_recovered(directory: str, port: int, instance: str) -> None:
-    """Wait until a server has replayed what it shall; there is no limit while it is alive."""
+def _started(directory: str, port: int, instance: str) -> None:
+    """Wait until the server on restored files has replayed what it shall."""
+    version = __salt__["slmdb_instance.facts"]()["version"]
+    log = f"/var/log/postgresql/postgresql-{version}-{instance}.log"
+    pid_file = os.path.join(directory, "postmaster.pid")
+    until_recovered(log, lambda: os.path.exists(pid_file), port=port)
+
+
+def until_recovered(log: str, alive: Callable[[], bool], **where: Any) -> None:
+    """
+    Wait until a server has replayed what it shall; there is no limit while it is alive.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_restore.plan
+
+    log
+        The server's log, for its last words.
+    alive
+        Tells whether the server runs.
+    where
+        Parameters of libpq.
+
+    Raises ``CommandExecutionError`` with the server's words if it ends.
+    """
     dead_since = None
     while True:
         with contextlib.suppress(CommandExecutionError):
-            connection = __salt__["slmdb_server.connect"](port=port)
+            connection = __salt__["slmdb_server.connect"](**where)
             with contextlib.closing(connection), connection.cursor() as cursor:
                 cursor.execute("SELECT pg_is_in_recovery()")
                 if not cursor.fetchone()[0]:
                     return
-        if os.path.exists(os.path.join(directory, "postmaster.pid")):
+        if alive():
             dead_since = None
         else:
             dead_since = dead_since or _clock()
             if _clock() - dead_since > 1:
-                raise CommandExecutionError(_last_words(instance))
+                raise CommandExecutionError(_last_words(log))
         time.sleep(0.1)
 
 
-def _last_words(instance: str) -> str:
-    version = __salt__["slmdb_instance.facts"]()["version"]
-    text = __salt__["slmdb_file.read"](f"/var/log/postgresql/postgresql-{version}-{instance}.log")
-    lines = (text or b"").decode(errors="replace").splitlines()
+def _last_words(log: str) -> str:
+    lines = (__salt__["slmdb_file.read"](log) or b"").decode(errors="replace").splitlines()
     fatal = [line.partition("FATAL:")[2].strip() for line in lines if "FATAL:" in line]
-    return fatal[-1] if fatal else "the restored server ended; see its log in /var/log/postgresql"
+    return fatal[-1] if fatal else f"the restored server ended; see {log}"
 
 
 def _reason(err: Exception, chosen: dict[str, Any]) -> str:
@@ -358,7 +413,7 @@ def in_place(
     shutil.rmtree(new, ignore_errors=True)
     _room(os.path.dirname(data), chosen["bytes"])
     _archive_all(found)
-    _files(new, chosen, archive=True)
+    files(new, chosen, archive=True)
     _moved(new, data)
     if found["running"]:
         __salt__["slmdb_service.stop"]()
@@ -366,7 +421,7 @@ def in_place(
         os.rename(data, kept)
         os.rename(new, data)
         __salt__["slmdb_service.start"]()
-        _until_recovered(data, found["port"], found["name"])
+        _started(data, found["port"], found["name"])
     except (CommandExecutionError, OSError) as err:
         _put_back(data, kept, found["running"])
         shutil.rmtree(new, ignore_errors=True)

@@ -177,6 +177,7 @@ SCHEMA: dict[str, Any] = {
             "dump": ("null", "moment"),
             "drill": ("null", "moment"),
         },
+        "drill": {"directory": ("null", "path"), "keep_free": "room"},
         "queue_limit": "size",
         "dump": {"path": "path"},
         "copy": {"recipients": ("list", "recipient")},

@@ -1,0 +1,331 @@
+"""
+The drill: a backup is restored, started, compared with its source, and thrown away.
+
+The source is read, and gets one empty transaction as a marker, which leaves nothing in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+__virtualname__ = "slmdb_backup_drill"
+
+RECORD = "/var/lib/autobot-slm-database/drill.json"
+# Held while a drill runs; names the directory in use, for whoever cleans up after a kill.
+LOCK = "/var/lib/autobot-slm-database/drill.lock"
+SHOWN = 20
+UNARCHIVED = """
+SELECT min(name) AS wal
+  FROM pg_ls_waldir(), pg_stat_archiver
+ WHERE name ~ '^[0-9A-F]{24}$' AND name > coalesce(last_archived_wal, '')
+   AND name <= pg_walfile_name(pg_current_wal_insert_lsn())
+"""
+_COMMIT = re.compile(r"desc: COMMIT (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+class _Bound(threading.Thread):
+    """Ends the drill's own processes when the disk would hold less than must stay free."""
+
+    def __init__(self, directory: str, least: int, end: Any) -> None:
+        super().__init__(daemon=True)
+        self.directory, self.least, self.end_them = directory, least, end
+        self.over, self.crossed = threading.Event(), False
+
+    def run(self) -> None:
+        while not self.over.wait(0.3):
+            if _free(self.directory) < self.least:
+                self.crossed = True
+                self.end_them(self.directory)
+
+    def line(self) -> str:
+        return f"{self.directory}: stopped, {_mib(self.least)} MiB must stay free (drill:keep_free)"
+
+
+def _free(directory: str) -> int:
+    """What is free on the disk of a directory, or of where it would be made."""
+    seen = os.statvfs(directory if os.path.exists(directory) else os.path.dirname(directory))
+    return seen.f_bavail * seen.f_frsize
+
+
+def _mib(size: float) -> int:
+    return int(size) // 1024**2
+
+
+def _least(directory: str) -> int:
+    """What must stay free, in bytes: a share of the disk, or a size."""
+    wanted = __salt__["slmdb_pillar.get"]("backup", "drill", "keep_free")
+    if wanted.endswith("%"):
+        seen = os.statvfs(os.path.dirname(directory))
+        return seen.f_blocks * seen.f_frsize * int(wanted[:-1]) // 100
+    return int(__salt__["slmdb_conf.normal"](wanted, "integer", "B"))
+
+
+def _utc() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _record() -> dict[str, Any]:
+    try:
+        with open(RECORD, encoding="utf-8") as stream:
+            found = json.load(stream)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def last() -> dict[str, Any]:
+    """
+    Return what the last drill found, and the last one that proved a backup.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_drill.last
+
+    Returns ``last`` and ``proven``, each what ``run`` returned then, or ``None``. Raises nothing.
+    """
+    found = _record()
+    return {name: found.get(name) for name in ("last", "proven")}
+
+
+def _remember(answer: dict[str, Any]) -> None:
+    known = _record()
+    drilled = {**known.get("drilled", {}), str(answer["repository"]): answer["at"]}
+    proven = answer if answer["proven"] else known.get("proven")
+    data = {"last": answer, "proven": proven, "drilled": drilled}
+    text = json.dumps(data, indent=1, sort_keys=True, default=str) + "\n"
+    __salt__["slmdb_file.write"](RECORD, text.encode(), mode="0640")
+
+
+@contextlib.contextmanager
+def _alone(directory: str) -> Iterator[None]:
+    """One drill at a time; what a killed one left is thrown away first."""
+    os.makedirs(os.path.dirname(LOCK), exist_ok=True)
+    with open(os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandExecutionError("another drill runs; wait until it is over") from None
+        discard = __salt__["slmdb_backup_scratch.discard"]
+        for path in sorted({lock.read().strip(), directory} - {""}):
+            discard(path)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(directory)
+        lock.flush()
+        try:
+            yield
+        finally:
+            discard(directory)
+
+
+@contextlib.contextmanager
+def _last_in_line() -> Iterator[None]:
+    """Whatever the drill starts gets processor and disk only when nobody else wants them."""
+    before, own = os.getpriority(os.PRIO_PROCESS, 0), str(os.getpid())
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+    subprocess.run(["ionice", "-c", "3", "-p", own], capture_output=True, check=False)
+    try:
+        yield
+    finally:
+        subprocess.run(["ionice", "-c", "0", "-p", own], capture_output=True, check=False)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+def _repositories() -> list[int]:
+    if "slmdb_pgbackrest.repositories" in __salt__:
+        return __salt__["slmdb_pgbackrest.repositories"]()
+    return [1]
+
+
+def _turn(wanted: int | None) -> int:
+    """The repository that is asked for, else the one whose last drill is the longest ago."""
+    numbers, drilled = _repositories(), _record().get("drilled", {})
+    if wanted is None:
+        return min(numbers, key=lambda number: (drilled.get(str(number), ""), number))
+    if wanted not in numbers:
+        allowed = ", ".join(str(number) for number in numbers)
+        raise SaltInvocationError(
+            f"repository: there is no repository {wanted!r}; allowed: {allowed}"
+        )
+    return wanted
+
+
+def _tell(step: str, state: str, said: str = "") -> None:
+    __salt__["slmdb_event.tell"]("drill", step, state, said)
+
+
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    _tell(name, "begun")
+    try:
+        yield
+    except CommandExecutionError as err:
+        _tell(name, "failed", str(err))
+        raise
+    _tell(name, "done")
+
+
+def run(repository: int | None = None) -> dict[str, Any]:
+    """
+    Restore the latest backup and its WAL into a throw-away instance, look, and throw it away.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.drill
+
+    repository
+        Its number; ``None``: the one whose last drill is the longest ago.
+
+    Returns ``at`` (UTC), ``proven``, ``problems`` (lines), ``label``, ``repository``, ``marker``
+    (its transaction and WAL segment), ``rpo_seconds``, ``rto_seconds``, ``seconds``, ``network``
+    (whether the copy had one), ``checksums``, and how many ``databases``, ``tables`` and ``rows``
+    were read, and tables were ``equal`` to the source's, ``written`` since, or ``locked`` there.
+    Raises ``SaltInvocationError`` for another number, ``CommandExecutionError`` while another drill
+    runs.
+    """
+    number = _turn(repository)
+    directory = __salt__["slmdb_backup_scratch.place"]()
+    answer: dict[str, Any] = {"at": _utc(), "proven": False, "problems": [], "label": None}
+    answer |= {"repository": number, "marker": None, "rpo_seconds": None, "rto_seconds": None}
+    began = time.monotonic()
+    with _alone(directory), _last_in_line():
+        _tell("drill", "begun", f"repository {number}")
+        try:
+            answer["problems"] = _drill(directory, answer)
+        except CommandExecutionError as err:
+            answer["problems"] = [str(err)]
+        finally:
+            __salt__["slmdb_server.forget"]()
+    answer["seconds"] = round(time.monotonic() - began, 1)
+    answer["proven"] = not answer["problems"]
+    _remember(answer)
+    said = "; ".join(answer["problems"][:3]) or f"backup {answer['label']} can be restored"
+    _tell("drill", "done" if answer["proven"] else "failed", said)
+    return answer
+
+
+def _drill(directory: str, answer: dict[str, Any]) -> list[str]:
+    chosen = _chosen(answer["repository"])
+    answer["label"] = chosen["label"]
+    least = _least(directory)
+    _refuse_without_room(directory, chosen["bytes"], least)
+    with _step("marker"):
+        before = __salt__["slmdb_backup_compare.source"]()
+        _mark(answer)
+    bound = _Bound(directory, least, __salt__["slmdb_backup_scratch.end"])
+    bound.start()
+    try:
+        return _tried(directory, chosen, before, answer)
+    except CommandExecutionError:
+        if bound.crossed:
+            raise CommandExecutionError(bound.line()) from None
+        raise
+    finally:
+        bound.over.set()
+        bound.join()
+
+
+def _chosen(number: int) -> dict[str, Any]:
+    rows = [row for row in __salt__["slmdb_backup.list"]() if row["repository"] == number]
+    if not rows:
+        raise CommandExecutionError(
+            f"there is no backup in repository {number} yet; slmdb_backup.create makes one"
+        )
+    newest = max(rows, key=lambda row: (row["stopped"], row["label"]))
+    found = {"label": newest["label"], "repository": number, "bytes": newest["database_bytes"]}
+    return {**found, "options": [f"--set={newest['label']}"]}
+
+
+def _refuse_without_room(directory: str, needed: int, least: int) -> None:
+    free = _free(directory)
+    if free - needed * 1.1 < least:
+        raise CommandExecutionError(
+            f"{os.path.dirname(directory)} has {_mib(free)} MiB free, the drill needs "
+            f"{_mib(needed * 1.1)} MiB and leaves {_mib(least)} MiB; make room, or set "
+            "slm_database:backup:drill (directory, keep_free)"
+        )
+
+
+def _mark(answer: dict[str, Any]) -> None:
+    """Commit the marker, have it archived, and note what would have been lost meanwhile."""
+    exposed = _exposed()
+    began = time.monotonic()
+    settled = __salt__["slmdb_backup.settle"]()
+    answer["rpo_seconds"] = round(max(exposed, time.monotonic() - began), 1)
+    answer["marker"] = {name: settled[name] for name in ("transaction", "wal")}
+
+
+def _exposed() -> float:
+    """The age of the oldest commit that is not archived yet, in seconds; 0 if there is none."""
+    found = __salt__["slmdb_instance.facts"]()
+    first = __salt__["slmdb_server.query"](UNARCHIVED)[0]["wal"]
+    if not first:
+        return 0
+    words = [f"{found['bin_directory']}/pg_waldump", "-p", f"{found['data_directory']}/pg_wal"]
+    done = subprocess.run(
+        __salt__["slmdb_pgbackrest.command"](*words, "-n", "20", "-r", "Transaction", first),
+        cwd="/",
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    match = _COMMIT.search(done.stdout)
+    if not match:
+        return 0
+    moment = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc)
+    return max(0, time.time() - moment.timestamp())
+
+
+def _tried(
+    directory: str, chosen: dict[str, Any], before: dict[str, Any], answer: dict[str, Any]
+) -> list[str]:
+    scratch, began = "slmdb_backup_scratch", time.monotonic()
+    where = __salt__[f"{scratch}.where"]()
+    with _step("restore"):
+        __salt__[f"{scratch}.make"](directory, chosen)
+        server = __salt__[f"{scratch}.start"](directory, chosen, before["preload"])
+        try:
+            __salt__[f"{scratch}.wait"](directory, server)
+        except BaseException:
+            server.kill()
+            server.wait()
+            raise
+    answer["rto_seconds"] = round(time.monotonic() - began, 1)
+    answer["network"] = not __salt__[f"{scratch}.isolation"](chosen["repository"])
+    try:
+        with _step("comparison"):
+            transaction = answer["marker"]["transaction"]
+            compared = __salt__["slmdb_backup_compare.problems"]
+            lines, seen = compared(before, transaction, **where)
+        with _step("pg_amcheck"):
+            lines += __salt__["slmdb_backup_compare.check"](**where)
+    finally:
+        __salt__[f"{scratch}.end"](directory)
+        server.wait()
+    answer.update(seen)
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more

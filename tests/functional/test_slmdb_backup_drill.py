@@ -1,0 +1,299 @@
+"""The drill: what is sound is proven, what is not is found and named, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+from tests.support import world as worlds
+
+PILLAR = {"slm_database": {"backup": {"enabled": True, "drill": {"keep_free": "0%"}}}}
+STATES = (
+    "slmdb_config.applied",
+    "slmdb_access.applied",
+    "slmdb_service.running",
+    "slmdb_backup.configured",
+    "slmdb_backup.present",
+    "slmdb_runner.present",
+    "slmdb_record.present",
+)
+RECORD = Path("/var/lib/autobot-slm-database/drill.json")
+DIRECTORY = Path("/var/lib/postgresql/15/.autobot-slm-drill")
+REPOSITORY = Path("/var/lib/pgbackrest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _backed_up(minions):
+    """A host with some data and a backup, kept for the tests of this module."""
+    worlds.fresh()
+    minion = minions(PILLAR)
+    minion.call("slmdb_instance.apply")
+    for state in STATES:
+        result = minion.state(state)
+        assert result.result is True, result
+    execute = "slmdb_server.execute"
+    minion.call(execute, "CREATE TABLE log (id serial PRIMARY KEY, entry text)")
+    minion.call(
+        execute, "INSERT INTO log (entry) SELECT repeat('x', n) FROM generate_series(1, 5000) n"
+    )
+    minion.call(execute, "CREATE TABLE quiet AS SELECT n FROM generate_series(1, 1000) n")
+    minion.call("slmdb_backup.create")
+    minion.call("slmdb_server.forget")
+    minion.call("slmdb_service.stop")
+    worlds.keep("drilled")
+
+
+@pytest.fixture
+def host(minions):
+    """That host, running; whatever becomes of a drill, nothing of it is left."""
+    worlds.fresh("drilled")
+    minion = minions(PILLAR)
+    minion.call("slmdb_service.start")
+    yield minion
+    minion.call("slmdb_server.forget")
+    assert not DIRECTORY.exists() and not Path("/run/autobot-slm-drill").exists()
+    assert minion.call("slmdb_backup_scratch.processes", str(DIRECTORY)) == []
+    assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
+
+
+def execute(minion, statement):
+    minion.call("slmdb_server.execute", statement)
+
+
+def test_a_sound_backup_is_proven(host):
+    """Everything was read and compared, and the source has nothing new in it."""
+    schemas = "SELECT nspname FROM pg_namespace ORDER BY 1"
+    before = host.call("slmdb_server.query", schemas)
+    answer = host.call("slmdb_backup.drill")
+    assert answer["problems"] == [] and answer["proven"] is True
+    assert answer["label"] == host.call("slmdb_backup.list")[-1]["label"]
+    assert answer["repository"] == 1 and answer["network"] is False
+    assert answer["rows"] > 6000 and answer["equal"] > 2 and answer["databases"] >= 2
+    assert 0 < answer["rto_seconds"] <= answer["seconds"] and 0 <= answer["rpo_seconds"] < 120
+    assert host.call("slmdb_server.query", schemas) == before
+    assert oct(RECORD.stat().st_mode)[-4:] == "0640"
+    last = host.call("slmdb_backup_drill.last")
+    assert last["last"] == last["proven"] == json.loads(json.dumps(answer))
+
+
+def test_a_busy_source_raises_no_alarm(host):
+    """Rows come, change and go all the time, by short and long transactions."""
+    over = threading.Event()
+
+    def work(statements):
+        connection = host.call("slmdb_server.connect")
+        with connection.cursor() as cursor:
+            while not over.is_set():
+                for statement in statements:
+                    cursor.execute(statement)
+                connection.commit()
+        connection.close()
+
+    insert = "INSERT INTO log (entry) VALUES ('more')"
+    change = "UPDATE log SET entry = entry || 'y' WHERE id % 50 = 0"
+    delete = "DELETE FROM log WHERE id IN (SELECT id FROM log ORDER BY random() LIMIT 3)"
+    ddl = "CREATE TABLE passing (i int); DROP TABLE passing; TRUNCATE quiet"
+    jobs = ([insert], [change], [delete, "SELECT pg_sleep(0.3)"], [ddl, "SELECT pg_sleep(0.2)"])
+    threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    try:
+        answer = host.call("slmdb_backup.drill")
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert answer["problems"] == []
+
+
+def test_a_flipped_byte_is_found(host):
+    """pgBackRest compares each file with its checksum; the last proof is remembered."""
+    host.call("slmdb_backup.drill")
+    proven = host.call("slmdb_backup_drill.last")["proven"]
+    files = [path for path in REPOSITORY.rglob("*") if path.is_file() and "pg_data" in str(path)]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    answer = host.call("slmdb_backup.drill")
+    assert answer["proven"] is False
+    assert len(answer["problems"]) == 1 and "pgbackrest restore" in answer["problems"][0]
+    last = host.call("slmdb_backup_drill.last")
+    assert last["proven"] == proven and last["last"]["proven"] is False
+
+
+def test_a_missing_segment_is_found(host):
+    """The marker is not there, and what was written in between is not either."""
+    execute(host, "INSERT INTO quiet VALUES (-1)")
+    lost = host.call("slmdb_backup.settle")["wal"]
+    execute(host, "INSERT INTO quiet VALUES (-2)")
+    host.call("slmdb_backup.settle")
+    (segment,) = (path for path in REPOSITORY.rglob(f"{lost}-*") if path.is_file())
+    segment.unlink()
+    answer = host.call("slmdb_backup.drill")
+    assert answer["proven"] is False
+    assert any("the marker, transaction" in line for line in answer["problems"])
+    assert any("public.quiet has 1000 rows in the copy, 1002" in one for one in answer["problems"])
+
+
+def test_a_lost_table_a_lost_row_and_a_row_too_many_are_found(host):
+    """In a copy that differs from its source by just that."""
+    before = host.call("slmdb_backup_compare.source")
+    marker = host.call("slmdb_backup.settle")["transaction"]
+    copy = host.call("slmdb_backup.restore")
+    where = {"port": copy["port"]}
+    compare = "slmdb_backup_compare.problems"
+    try:
+        assert host.call(compare, before, marker, **where)[0] == []
+        connection = host.call("slmdb_server.connect", **where)
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute("DELETE FROM quiet WHERE n = 7")
+            cursor.execute("DROP TABLE log")
+        connection.close()
+        lines, _ = host.call(compare, before, marker, **where)
+        assert "table postgres.public.quiet has 999 rows in the copy, 1000 on the source" in lines
+        assert "table postgres.public.log is not in the copy" in lines
+        assert len(lines) == 2
+        lines, _ = host.call(compare, before, str(int(marker) + 10**6), **where)
+        assert any("is not in the copy" in line and "transaction" in line for line in lines)
+    finally:
+        subprocess.run(copy["remove"].split(), check=True)
+
+
+def test_a_damaged_page_is_found(host):
+    """The copy's checksums, its tables and its indexes are read."""
+    before = host.call("slmdb_backup_compare.source")
+    marker = host.call("slmdb_backup.settle")["transaction"]
+    copy = host.call("slmdb_backup.restore")
+    where = {"host": "/run/postgresql", "port": copy["port"]}
+    try:
+        execute_in_copy(host, where, "CHECKPOINT")
+        paths = {}
+        for name in ("log", "log_pkey"):
+            found = execute_in_copy(host, where, f"SELECT pg_relation_filepath('{name}')")
+            paths[name] = Path(copy["data_directory"]) / found
+        version, name = copy["instance"].split("/")
+        subprocess.run(["pg_ctlcluster", version, name, "stop"], check=True)
+        for path in paths.values():
+            with path.open("r+b") as stream:
+                stream.seek(8192 + 4000)
+                stream.write(b"damage")
+        subprocess.run(["pg_ctlcluster", version, name, "start"], check=True)
+        lines, _ = host.call("slmdb_backup_compare.problems", before, marker, **where)
+        assert any("public.log cannot be read: invalid page" in line for line in lines), lines
+        assert any("checksum" in line for line in lines)
+        checked = host.call("slmdb_backup_compare.check", **where)
+        assert any("log_pkey" in line for line in checked), checked
+    finally:
+        subprocess.run(copy["remove"].split(), check=True)
+
+
+def execute_in_copy(minion, where, statement):
+    connection = minion.call("slmdb_server.connect", **where)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+        row = cursor.fetchone() if cursor.description else None
+    connection.close()
+    return row and row[0]
+
+
+def begun(minion, until):
+    """A drill as a timer starts it, as soon as something is there."""
+    job = subprocess.Popen(
+        minion.call("slmdb_runner.command", "slmdb_backup.drill"),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not until():
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    return job
+
+
+@pytest.mark.parametrize("moment", ["data", "data/postmaster.pid"])
+def test_a_killed_drill_is_cleaned_up_by_the_next(host, moment):
+    """kill -9 while files are restored, and while the copy runs; the server is never touched."""
+    pid = host.call("slmdb_instance.facts")["pid"]
+    job = begun(host, (DIRECTORY / moment).exists)
+    with pytest.raises(CommandExecutionError, match="another drill runs"):
+        host.call("slmdb_backup.drill")
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert DIRECTORY.exists()
+    answer = host.call("slmdb_backup.drill")
+    assert answer["problems"] == []
+    assert host.call("slmdb_instance.facts")["pid"] == pid
+
+
+def test_a_drill_that_fails_in_a_timer_says_why(host):
+    """The status is 1 and the line that says what is in what it prints."""
+    for path in (REPOSITORY / "backup").rglob("backup.manifest*"):
+        path.write_bytes(b"nothing")
+    job = begun(host, lambda: True)
+    said = job.communicate()[0]
+    assert job.returncode == 1 and "pgbackrest restore" in said and len(said) <= 4100
+
+
+def test_a_disk_that_would_be_filled_is_refused_and_watched(host, minions):
+    """Before it begins, and while it works."""
+    disk = Path("/srv/small")
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(disk)], check=True)
+    try:
+        for keep, words in (("390MB", "MiB free, the drill needs"), ("0%", None)):
+            drill = {"directory": str(disk), "keep_free": keep}
+            minions({"slm_database": {"backup": {"enabled": True, "drill": drill}}})
+            answer = host.call("slmdb_backup.drill")
+            if words:
+                assert words in answer["problems"][0] and answer["proven"] is False
+            else:
+                assert answer["problems"] == []
+            assert list(disk.iterdir()) == []
+        filler = threading.Thread(target=fill, args=(disk,))
+        drill = {"directory": str(disk), "keep_free": "100MB"}
+        minions({"slm_database": {"backup": {"enabled": True, "drill": drill}}})
+        filler.start()
+        answer = host.call("slmdb_backup.drill")
+        filler.join()
+        assert "must stay free" in answer["problems"][0], answer
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk):
+    """Take the space that was there when the drill began."""
+    deadline = time.monotonic() + 60
+    while not (disk / DIRECTORY.name / "data").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    seen = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(max(0, seen.f_bavail * seen.f_frsize - 60 * 1024**2)))
+
+
+def test_what_cannot_be_is_refused(host):
+    """In one line, and what is not ours is not touched."""
+    with pytest.raises(SaltInvocationError, match="there is no repository 7; allowed: 1"):
+        host.call("slmdb_backup.drill", 7)
+    elsewhere = Path("/srv/elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("dear")
+    DIRECTORY.symlink_to(elsewhere)
+    try:
+        with pytest.raises(CommandExecutionError, match="is not what a drill made"):
+            host.call("slmdb_backup.drill")
+        assert (elsewhere / "file").read_text() == "dear"
+    finally:
+        DIRECTORY.unlink()
