@@ -26,6 +26,7 @@ RECORD = "/var/lib/autobot-slm-database/drill.json"
 # Held while a drill runs; names the directory in use, for whoever cleans up after a kill.
 LOCK = "/var/lib/autobot-slm-database/drill.lock"
 SHOWN = 20
+PATIENCE = 10
 UNARCHIVED = """
 SELECT min(name) AS wal
   FROM pg_ls_waldir(), pg_stat_archiver
@@ -114,15 +115,26 @@ def _remember(answer: dict[str, Any]) -> None:
     __salt__["slmdb_file.write"](RECORD, text.encode(), mode="0640")
 
 
+def _hold(lock: Any) -> None:
+    """Take the lock; a drill that was killed may take a while to be gone, at its priority."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                words = "another drill runs; wait until it is over"
+                raise CommandExecutionError(words) from None
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def _alone(directory: str) -> Iterator[None]:
     """One drill at a time; what a killed one left is thrown away first."""
     os.makedirs(os.path.dirname(LOCK), exist_ok=True)
     with open(os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CommandExecutionError("another drill runs; wait until it is over") from None
+        _hold(lock)
         discard = __salt__["slmdb_backup_scratch.discard"]
         for path in sorted({lock.read().strip(), directory} - {""}):
             discard(path)
@@ -150,15 +162,10 @@ def _last_in_line() -> Iterator[None]:
             os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
-def _repositories() -> list[int]:
-    if "slmdb_pgbackrest.repositories" in __salt__:
-        return __salt__["slmdb_pgbackrest.repositories"]()
-    return [1]
-
-
 def _turn(wanted: int | None) -> int:
     """The repository that is asked for, else the one whose last drill is the longest ago."""
-    numbers, drilled = _repositories(), _record().get("drilled", {})
+    numbers = __salt__["slmdb_backup_schedule.repositories"]()
+    drilled = _record().get("drilled", {})
     if wanted is None:
         return min(numbers, key=lambda number: (drilled.get(str(number), ""), number))
     if wanted not in numbers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ STATES = (
     "slmdb_record.present",
 )
 RECORD = Path("/var/lib/autobot-slm-database/drill.json")
+LOCK = Path("/var/lib/autobot-slm-database/drill.lock")
 DIRECTORY = Path("/var/lib/postgresql/15/.autobot-slm-drill")
 REPOSITORY = Path("/var/lib/pgbackrest")
 
@@ -162,7 +164,8 @@ def test_a_lost_table_a_lost_row_and_a_row_too_many_are_found(host):
         lines, _ = host.call(compare, before, marker, **where)
         assert "table postgres.public.quiet has 999 rows in the copy, 1000 on the source" in lines
         assert "table postgres.public.log is not in the copy" in lines
-        assert len(lines) == 2
+        # What the server itself notes about a table is missing with it, and said after it.
+        assert all(".pg_catalog." in line for line in lines[2:])
         lines, _ = host.call(compare, before, str(int(marker) + 10**6), **where)
         assert any("is not in the copy" in line and "transaction" in line for line in lines)
     finally:
@@ -228,8 +231,6 @@ def test_a_killed_drill_is_cleaned_up_by_the_next(host, moment):
     """kill -9 while files are restored, and while the copy runs; the server is never touched."""
     pid = host.call("slmdb_instance.facts")["pid"]
     job = begun(host, (DIRECTORY / moment).exists)
-    with pytest.raises(CommandExecutionError, match="another drill runs"):
-        host.call("slmdb_backup.drill")
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     assert DIRECTORY.exists()
@@ -281,6 +282,19 @@ def fill(disk):
         time.sleep(0.01)
     seen = os.statvfs(disk)
     (disk / "filler").write_bytes(bytes(max(0, seen.f_bavail * seen.f_frsize - 60 * 1024**2)))
+
+
+def test_one_drill_at_a_time(host):
+    """The second is told so, and leaves the first one's instance alone."""
+    DIRECTORY.mkdir()
+    try:
+        with LOCK.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(CommandExecutionError, match="another drill runs"):
+                host.call("slmdb_backup.drill")
+            assert DIRECTORY.exists() and not RECORD.exists()
+    finally:
+        DIRECTORY.rmdir()
 
 
 def test_what_cannot_be_is_refused(host):

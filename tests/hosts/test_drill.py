@@ -1,4 +1,4 @@
-"""Timers on a booted host: they need no checkout, and what fails is seen where an operator looks."""
+"""Timers on a booted host: they need no checkout, and what fails is seen where one looks."""
 
 from __future__ import annotations
 
