@@ -34,10 +34,21 @@ def _given() -> Any:
     return __pillar__.get(TOP)
 
 
-def _path(source: str) -> str | None:
+def path_of(source: str) -> str | None:
     """
-    Where a file of the formula is. One of this host's own is found without a file client, which
+    Say where a file of the formula is. One of this host's own is found without a file client, which
     costs more than all the rest of a report.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pillar.path_of salt://slm_database/defaults.yaml
+
+    source
+        Its ``salt://`` address.
+
+    Returns a path; ``None`` if it cannot be reached. Raises nothing.
     """
     if __opts__.get("file_client") == "local":
         roots = __opts__["file_roots"].get(__opts__.get("saltenv") or "base") or []
@@ -49,7 +60,7 @@ def _path(source: str) -> str | None:
 
 
 def _load(source: str) -> dict:
-    path = _path(source)
+    path = path_of(source)
     if not path or not os.path.isfile(path):
         return {}
     with open(path, encoding="utf-8") as stream:

@@ -138,7 +138,7 @@ def _content() -> dict[str, bytes]:
     names = sorted(name for name in os.listdir(own) if name.endswith(".py"))
     files = {f"_modules/{name}": os.path.join(own, name) for name in names if "slmdb" in name}
     for name in SOURCES:
-        path = __salt__["cp.cache_file"](f"salt://slm_database/{name}")
+        path = __salt__["slmdb_pillar.path_of"](f"salt://slm_database/{name}")
         if not path:
             raise CommandExecutionError(
                 f"salt://slm_database/{name} cannot be read; is the formula in file_roots?"
