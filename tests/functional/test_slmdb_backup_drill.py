@@ -311,3 +311,21 @@ def test_what_cannot_be_is_refused(host):
         assert (elsewhere / "file").read_text() == "dear"
     finally:
         DIRECTORY.unlink()
+
+
+def test_a_repository_that_fails_keeps_no_other_from_its_backup(host, minions):
+    """The scheduled line goes on after a failure, and ends with it."""
+    second = {"type": "path", "path": "/srv/second"}
+    minions({"slm_database": {"backup": {"enabled": True, "second": second}}})
+    assert host.state("slmdb_backup.scheduled").result is True
+    lines = Path("/etc/cron.d/autobot-slm-backup").read_text().splitlines()
+    (full,) = (line.split(" postgres ", 1)[1] for line in lines if "--type=full" in line)
+    assert "--repo=1" in full and "--repo=2" in full
+    minions(PILLAR)
+    before = len(host.call("slmdb_backup.list"))
+    # Only the first is configured here; it comes after one that cannot be reached.
+    broken = full.replace("--repo=1", "--repo=9").replace("--repo=2", "--repo=1")
+    words = ["runuser", "-u", "postgres", "--", "sh", "-c", broken]
+    assert subprocess.run(words, capture_output=True, check=False, cwd="/").returncode == 1
+    rows = host.call("slmdb_backup.list")
+    assert len(rows) == before + 1 and rows[-1]["type"] == "full"
