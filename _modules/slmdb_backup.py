@@ -279,8 +279,9 @@ def restore(
         data is kept aside.
 
     Without ``time``, ``label`` and ``restore_point`` the end of the archived WAL is restored.
-    Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and, beside, ``remove`` (the
-    command that throws it away) or, in place, ``kept`` (the old data). Raises
+    Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and, beside, ``gap`` (what is
+    missing because archived WAL is; ``None``) and ``remove`` (the command that throws it away) or,
+    in place, ``kept`` (the old data). Raises
     ``SaltInvocationError`` for what cannot be reached, with the range that can, and
     ``CommandExecutionError`` if it fails; what ran before runs then.
     """

@@ -73,8 +73,9 @@ def plan(
         A name given by ``pg_create_restore_point``. It is looked for from the newest backup on;
         one from before that needs the ``label`` of an older backup.
 
-    Returns ``target``, ``label``, ``options`` (pgBackRest's) and ``bytes`` (of the data). Raises
-    ``SaltInvocationError`` for what cannot be reached, with the range that can.
+    Returns ``target``, ``label``, ``wal`` (the last segment that the backup itself needs),
+    ``options`` (pgBackRest's) and ``bytes`` (of the data). Raises ``SaltInvocationError`` for what
+    cannot be reached, with the range that can.
     """
     if time and restore_point:
         raise SaltInvocationError("time and restore_point cannot both be given; choose one")
@@ -100,7 +101,8 @@ def plan(
         options = ["--type=immediate", "--target-action=promote"]
     options = [f"--set={chosen['label']}", *options]
     size = chosen["database_bytes"]
-    return {"target": target, "label": chosen["label"], "options": options, "bytes": size}
+    made = {"label": chosen["label"], "wal": chosen["wal"][1], "bytes": size}
+    return {"target": target, "options": options, **made}
 
 
 def _before(rows: list[dict[str, Any]], moment: datetime, label: str | None) -> dict[str, Any]:
@@ -230,8 +232,9 @@ def beside(
     time, label, restore_point
         As for ``plan``; none of them: the end of the archived WAL.
 
-    Returns ``instance``, ``port``, ``data_directory``, ``target``, ``label``, ``seconds`` and
-    ``remove`` (the command that throws it away). It archives nothing and is not started at boot.
+    Returns ``instance``, ``port``, ``data_directory``, ``target``, ``label``, ``gap`` (what is
+    missing because WAL is; ``None``), ``seconds`` and ``remove`` (the command that throws it away).
+    It archives nothing and is not started at boot.
     Raises ``SaltInvocationError`` for what cannot be, ``CommandExecutionError`` if it fails;
     nothing is left then.
     """
@@ -251,7 +254,7 @@ def beside(
     chosen = plan(time, label, restore_point)
     number = _port(port)
     _room(os.path.dirname(directory), chosen["bytes"])
-    _archive_all(found)
+    gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
     files(directory, chosen, archive=False)
     try:
         _register(found, instance, directory, number)
@@ -266,6 +269,7 @@ def beside(
         "data_directory": directory,
         "target": chosen["target"],
         "label": chosen["label"],
+        "gap": gap,
         "seconds": round(_clock() - begun, 1),
         "remove": f"pg_dropcluster --stop {version} {instance}",
     }
@@ -275,10 +279,11 @@ def _clock() -> float:
     return time.monotonic()
 
 
-def _archive_all(found: dict[str, Any]) -> None:
+def _archive_all(found: dict[str, Any]) -> dict[str, str] | None:
     """Have everything that is committed by now in the repository, where the server runs."""
     if found["running"] and __salt__["slmdb_server.available"]():
-        __salt__["slmdb_backup.settle"]()
+        return __salt__["slmdb_backup.settle"]()
+    return None
 
 
 def _register(found: dict[str, Any], instance: str, directory: str, port: int) -> None:
@@ -412,7 +417,9 @@ def in_place(
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"
     shutil.rmtree(new, ignore_errors=True)
     _room(os.path.dirname(data), chosen["bytes"])
-    _archive_all(found)
+    gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
+    if gap:
+        raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
     files(new, chosen, archive=True)
     _moved(new, data)
     if found["running"]:

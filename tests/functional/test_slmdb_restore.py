@@ -164,6 +164,27 @@ def test_a_restore_point_that_does_not_exist_leaves_nothing_behind(host):
     assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
 
 
+def test_a_gap_in_the_archived_wal_is_told(host):
+    """Beside, what can be had is shown and the gap named; in place, what runs stays."""
+    write(host, "archived")
+    host.call("slmdb_backup.settle")
+    write(host, "lost from the repository")
+    segment = host.call("slmdb_backup.settle")["wal"]
+    write(host, "after the gap")
+    (lost,) = Path("/var/lib/pgbackrest/archive").rglob(f"{segment}-*")
+    lost.unlink()
+    answer = host.call("slmdb_backup.restore")
+    assert entries(host, answer["port"]) == ["before the backup", "archived"]
+    assert f"has a gap at {segment}" in answer["gap"]
+    pid, before = host.call("slmdb_instance.facts")["pid"], entries(host)
+    with pytest.raises(CommandExecutionError, match=f"a gap at {segment}.*a time before it"):
+        host.call("slmdb_backup.restore", in_place="15/main")
+    assert host.call("slmdb_instance.facts")["pid"] == pid
+    assert entries(host) == before and before[-1] == "after the gap"
+    host.call("slmdb_backup.create", "full")
+    assert host.call("slmdb_backup.restore", instance="whole")["gap"] is None
+
+
 def test_data_that_cannot_be_moved_aside_stays(host):
     """A data directory that is a mount of its own, say: the server is back with what it had."""
     with pytest.raises(CommandExecutionError, match="cross-device"):
