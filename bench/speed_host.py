@@ -102,7 +102,7 @@ class Bench:
         directory = str(backend.DIRECTORY)
         for name, text in backend.files().items():
             self.host.write(f"{directory}/{name}", text)
-        self.host.run(f"id {backend.USER} || useradd --system --no-create-home {backend.USER}")
+        self.host.run(f"id {backend.USER} || useradd --system -M -g {backend.USER} {backend.USER}")
         self.host.write("/opt/requirements.txt", backend.REQUIREMENTS.read_text())
         install = f"{directory}/venv/bin/pip install -q -r /opt/requirements.txt"
         self.host.run(f"python3 -m venv {directory}/venv && {install}", timeout=900)
