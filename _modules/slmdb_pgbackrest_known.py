@@ -125,23 +125,9 @@ def known(number: int, patience: float | None = None) -> bool:
         if number == 1:
             raise
         return False  # to make it there fails with the reason, when the first was seen to
-    _refuse_another_instance(row, found, system)
+    __salt__["slmdb_backup_repository.refuse_another"](number, found["db"])
     codes = [one["status"]["code"] for one in found["repo"]]
     good = bool(codes) and all(code in (0, 2) for code in codes)
     if good and key:
         _keep(row, key)
     return good
-
-
-def _refuse_another_instance(
-    row: dict[str, Any], found: dict[str, Any], system: str | None
-) -> None:
-    """What is kept of another instance is not mixed with ours."""
-    theirs = str(found["db"][-1]["system-id"]) if found["db"] else None
-    if system and theirs and theirs != system:
-        key = "path" if row["repository"] == 1 else "second:path"
-        raise CommandExecutionError(
-            f"slm_database:backup:{key}: {row['where']} holds the backups of another instance "
-            f"(system identifier {theirs}, this one has {system}); name another path, or move them "
-            "away"
-        )

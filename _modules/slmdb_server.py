@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import select
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -112,15 +113,21 @@ def connect(database: str = USER, **overrides: Any) -> Any:
         raise CommandExecutionError(_line(err)) from None
 
 
+def _ended(connection: Any) -> bool:
+    """Whether the server closed a connection that is idle: something is there to be read then."""
+    if connection.closed:
+        return True
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
+    return bool(poller.poll(0))
+
+
 def _connection(database: str) -> Any:
     kept = __context__.setdefault("slmdb_connections", {})
-    started = __salt__["slmdb_instance.facts"]()["pid"]
-    connection, server = kept.get(database, (None, None))
-    if connection is None or connection.closed or server != started:
-        connection = connect(database)
-        connection.autocommit = True
-        kept[database] = (connection, started)
-    return connection
+    if database not in kept or _ended(kept[database]):
+        kept[database] = connect(database)
+        kept[database].autocommit = True
+    return kept[database]
 
 
 def _run(connection: Any, statement: Any, parameters: Sequence | None) -> list[dict]:
@@ -226,9 +233,8 @@ def forget(database: str | None = None) -> None:
     """
     kept = __context__.get("slmdb_connections", {})
     for name in list(kept) if database is None else [database]:
-        connection, _ = kept.pop(name, (None, None))
         with contextlib.suppress(Exception):
-            connection.close()
+            kept.pop(name).close()
 
 
 def available() -> bool:
