@@ -427,12 +427,11 @@ def waiting() -> list[dict[str, Any]]:
 
     Returns ``name``, ``old`` and ``new`` for each; empty if no server runs.
     """
-    loaded, text = _loaded(), content()
-    old, new = (__salt__["slmdb_conf.parse"](part) for part in (_present(_facts()), text))
+    old, new = (__salt__["slmdb_conf.parse"](part) for part in (_present(_facts()), content()))
     rows = {row["name"]: row for row in pending()}
-    for name in sorted({**old, **new}):
-        if old.get(name) == new.get(name):
-            continue
+    coming = [name for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
+    loaded = _loaded() if coming else {}
+    for name in coming:
         rows.pop(name, None)
         if _waits(loaded.get(name), new.get(name)):
             shown = new.get(name, "the default")

@@ -172,12 +172,12 @@ def differences() -> dict[str, dict[str, Any]]:
 
     Returns setting to ``old`` and ``new``; empty if nothing waits, or a restart is not permitted.
     """
-    if not permitted() or not __salt__["slmdb_server.available"]():
+    if not __salt__["slmdb_server.available"]():
         return {}
     waiting = __salt__["slmdb_config.waiting"]()
-    # A server that runs outside our unit is started anew by slmdb_service.running; systemd is asked
-    # only if something waits.
-    if not waiting or not __salt__["slmdb_service.running"]():
+    # Windows and systemd are looked at only if something waits. A server that runs outside our unit
+    # is started anew by slmdb_service.running.
+    if not waiting or not permitted() or not __salt__["slmdb_service.running"]():
         return {}
     return {row["name"]: {"old": row["old"], "new": row["new"]} for row in waiting}
 

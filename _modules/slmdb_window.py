@@ -150,7 +150,8 @@ def problems(windows: list) -> list[str]:
 
     Returns one line for each mistake, with its key. Raises nothing.
     """
-    if not windows or not _dateutil():
+    # The form says all of a plain window.
+    if all(isinstance(window, str) for window in windows) or not _dateutil():
         return []
     found = ((place, _mistake(window)) for place, window in enumerate(windows))
     return [f"{KEY}:windows:{place}:{line}" for place, line in found if line]
