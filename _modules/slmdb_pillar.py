@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 from typing import Any
@@ -87,20 +88,33 @@ def _made() -> dict:
     if not defaults:
         return {}
     made = _merge(defaults, releases.get(str(__grains__.get("osfinger")), {}))
-    if "slmdb_run" in __context__ and __opts__.get("file_client") != "local":
+    if __opts__.get("file_client") != "local":
         _keep(made)
     return made
 
 
 def _kept() -> dict | None:
     """
-    The defaults of the last run, where a master has the files: a report says how the host stands
-    to what it was told, and neither waits for the master nor troubles it.
+    The defaults as the master gave them last, where it has the files: a report says how the host
+    stands to what it was told, and neither waits for the master nor troubles it.
     """
     if __opts__.get("file_client") == "local":
         return None
     kept = _json(_kept_path())
-    return kept if isinstance(kept, dict) else None
+    fits = isinstance(kept, dict) and kept.get("modules") == _modules()
+    return kept.get("defaults") if fits else None
+
+
+def _modules() -> str:
+    """A digest that changes with our modules: others may know other keys."""
+    own = os.path.dirname(os.path.abspath(__file__))
+    found = []
+    with os.scandir(own) as entries:
+        for entry in entries:
+            if entry.name.endswith(".py"):
+                seen = entry.stat()
+                found.append((entry.name, seen.st_size, seen.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 def _kept_path() -> str:
@@ -108,14 +122,14 @@ def _kept_path() -> str:
 
 
 def _keep(made: dict) -> None:
-    path = _kept_path()
-    if _json(path) == made:
+    path, kept = _kept_path(), {"modules": _modules(), "defaults": made}
+    if _json(path) == kept:
         return
     temporary = f"{path}.{os.getpid()}"
     with contextlib.suppress(OSError):  # without it a report asks the master
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(made, stream)
+            json.dump(kept, stream)
         os.replace(temporary, path)
 
 

@@ -140,6 +140,16 @@ def counts(found: dict[str, Any]) -> list[list[object]]:
     return made
 
 
+def too_many(found: dict[str, Any]) -> list[str]:
+    """Return a line for each call that starts more processes than it may; counts are exact."""
+    lines = []
+    for name, (_, base, _) in CALLS.items():
+        own = len(found["processes"][name]) - len(found["processes"][base or name])
+        if own > PROCESSES or any("psql" in path for path in found["processes"][name]):
+            lines.append(f"{name}: {own} processes more than {base}: {found['processes'][name]}")
+    return lines
+
+
 def markdown(found: dict[str, Any]) -> str:
     """Return everything that was measured as Markdown tables."""
     heads = ["", "seconds", "ratio by the clock", "ratio by CPU", "goal"]
@@ -192,6 +202,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="rounds of first applies")
     parser.add_argument("--sizes", action="store_true", help="pillars and tables of three sizes")
     parser.add_argument("--fleet", action="store_true", help="a master with up to 20 minions")
+    parser.add_argument("--check", action="store_true", help="fail if too many processes start")
     parser.add_argument("--peer-formula", type=Path, help="a checkout of postgres-formula")
     parser.add_argument("--playbook", type=Path, help="an Ansible playbook")
     parser.add_argument("--output", type=Path, default=Path("speed"), help="path without an ending")
@@ -222,6 +233,8 @@ def main() -> None:
     given.output.with_suffix(".md").write_text(text)
     given.output.with_suffix(".svg").write_text(plot(found))
     print(text)
+    if given.check and (lines := too_many(found)):
+        sys.exit("\n".join(lines))
 
 
 if __name__ == "__main__":

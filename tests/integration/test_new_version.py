@@ -55,3 +55,24 @@ def test_salt_ssh_uses_the_new_modules(site):
     assert told(salt_ssh, ("*.19",), "slm.19", "test=True") == "state 1, module 1"
     publish(site.formula, 2)
     assert told(salt_ssh, ("*.19",), "slm.19") == "state 2, module 2"
+
+
+def test_a_report_stands_by_what_the_last_run_was_told(site):
+    """It does not ask the master for the defaults, unless the modules are others since."""
+    publish(site.formula, 1)
+    master = site.master("slm.19")
+    told(master.salt, ("*.19",), "slm.19")
+    path = site.formula / "slm_database" / "defaults.yaml"
+    path.write_text(path.read_text().replace("length: 43", "length: 44"))
+    assert "length: 44" in path.read_text()
+
+    def length():
+        return master.salt("*.19", "slmdb_pillar.get", "secret", "length").of("slm.19")
+
+    assert length() == 43
+    told(master.salt, ("*.19",), "slm.19", "test=True")
+    assert length() == 44
+    path.write_text(path.read_text().replace("length: 44", "length: 45"))
+    publish(site.formula, "two")
+    master.salt("*.19", "saltutil.sync_modules")
+    assert length() == 45
