@@ -310,6 +310,9 @@ def login(
             dbname=database,
             connect_timeout=timeout,
             passfile=os.devnull,
+            # Whatever lets the application in counts; TLS, which costs time and memory, comes last.
+            sslmode="allow",
+            gssencmode="disable",
             application_name="slmdb login",
             options="",
         ).close()
