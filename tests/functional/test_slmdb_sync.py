@@ -11,24 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import probe
 from tests.support import world as worlds
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SALT_CALL = Path(sys.executable).parent / "salt-call"
-MODULE = 'def version():\n    return "{}"\n'
-STATE = """
-def told(name):
-    comment = "state {}, module " + __salt__["slmdb_probe.version"]()
-    return {{"name": name, "result": True, "changes": {{}}, "comment": comment}}
-"""
-SLS = """
-include:
-  - slm_database.check
-The probe is told:
-  slmdb_probe.told:
-    - require:
-      - sls: slm_database.check
-"""
 
 
 class Minion:
@@ -39,7 +26,6 @@ class Minion:
         self.formula, self.directory = directory / "formula", directory
         for name in ("_modules", "_states", "slm_database"):
             shutil.copytree(CHECKOUT / name, self.formula / name)
-        (self.formula / "slm_database" / "probe.sls").write_text(SLS)
         config = {
             "id": "slm.19",
             "root_dir": str(directory),
@@ -54,9 +40,7 @@ class Minion:
 
     def publish(self, version):
         """Another version that looks no newer: the same names and sizes, an older time."""
-        for name, text in (("_modules", MODULE), ("_states", STATE)):
-            path = self.formula / name / "slmdb_probe.py"
-            path.write_text(text.format(version))
+        for path in probe.publish(self.formula, version):
             os.utime(path, (1_700_000_000 - version, 1_700_000_000 - version))
 
     def call(self, *words):
@@ -91,7 +75,7 @@ def test_a_copy_that_somebody_changed_is_brought_back(minion):
     minion.publish(1)
     minion.told()
     copy = minion.directory / "extmods" / "modules" / "slmdb_probe.py"
-    copy.write_text(MODULE.format(7))
+    copy.write_text(probe.MODULE % {"version": 7})
     assert minion.told() == "state 1, module 1"
     copy.unlink()
     assert minion.told() == "state 1, module 1"
@@ -102,7 +86,7 @@ def test_what_the_formula_dropped_is_gone(minion):
     minion.publish(1)
     minion.told()
     extra = minion.formula / "_modules" / "slmdb_extra.py"
-    extra.write_text(MODULE.format(1))
+    extra.write_text(probe.MODULE % {"version": 1})
     minion.told()
     copy = minion.directory / "extmods" / "modules" / "slmdb_extra.py"
     assert copy.exists()

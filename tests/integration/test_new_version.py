@@ -4,30 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-STATE = """
-def told(name):
-    comment = "state %(version)s, module " + __salt__["slmdb_probe.version"]()
-    return {"name": name, "result": True, "changes": {}, "comment": comment}
-"""
-MODULE = """
-def version():
-    return "%(version)s"
-"""
-SLS = """
-include:
-  - slm_database.check
-The probe is told:
-  slmdb_probe.told:
-    - require:
-      - sls: slm_database.check
-"""
-
-
-def publish(formula, version):
-    """Change a state and an execution module of the formula."""
-    (formula / "_states" / "slmdb_probe.py").write_text(STATE % {"version": version})
-    (formula / "_modules" / "slmdb_probe.py").write_text(MODULE % {"version": version})
-    (formula / "slm_database" / "probe.sls").write_text(SLS)
+from tests.support.probe import publish
 
 
 def told(salt, target, minion, *arguments):
