@@ -111,6 +111,8 @@ def test_a_port_held_by_another_program_is_named(host, address):
     """Found in the kernel's tables, whatever address it is held on."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as holder:
+        # Connections of an earlier test's server may linger.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((address, 5432))
         holder.listen()
         result = host.state("slmdb_instance.port_available")
