@@ -318,5 +318,7 @@ def login(
         ).close()
     except psycopg2.Error as err:
         lines = str(err).strip().splitlines() or ["no answer"]
-        return lines[-1].partition("FATAL:")[2].strip() or lines[-1].strip()
+        # One line for each try; a server without TLS has nothing to say about the second.
+        line = ([line for line in lines if "FATAL:" in line] or lines)[-1]
+        return line.partition("FATAL:")[2].strip() or line.strip()
     return True
