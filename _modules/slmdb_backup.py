@@ -4,7 +4,6 @@ Backups: made, listed, verified, and described, by pgBackRest.
 
 from __future__ import annotations
 
-import glob
 import logging
 import time
 from typing import Any
@@ -245,12 +244,13 @@ def settle() -> dict[str, str]:
 
 
 def _archived(segment: str) -> bool:
-    """In all repositories, or, if a second one is dead, in the first."""
+    """In all repositories, or, if one of several is dead, in another."""
     if __salt__["slmdb_server.query"](ARCHIVED, [f"{segment}.done"])[0]["done"]:
         return True
-    first, *more = __salt__["slmdb_backup_repository.described"]()
-    directory = f"{first['path']}/archive/{__salt__['slmdb_pgbackrest.stanza']()}"
-    return bool(more and glob.glob(f"{directory}/*/{segment[:16]}/{segment}-*"))
+    rows = __salt__["slmdb_backup_repository.described"]()
+    return len(rows) > 1 and any(
+        __salt__["slmdb_backup_repository.holds"](row, segment) for row in rows
+    )
 
 
 def _archiver_words() -> str:

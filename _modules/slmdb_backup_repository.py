@@ -6,6 +6,7 @@ The first is a directory of this host; ``backup:second`` may add one more of sev
 
 from __future__ import annotations
 
+import glob
 import re
 import subprocess
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ OPTIONS = {
     "path": {},
 }
 SFTP = (2, 46)
+PATIENCE = 30
 
 
 def __virtual__() -> str:
@@ -221,6 +223,36 @@ def refuse_old(program: str) -> None:
             f"{SECOND}:type: sftp needs pgBackRest 2.46, {found[0]} is installed; "
             "choose path, s3 or host"
         )
+
+
+def holds(row: dict[str, Any], segment: str) -> bool:
+    """
+    Tell whether a segment of WAL is in a repository.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_repository.holds '{…}' 000000010000000000000003
+
+    row
+        The repository, as ``described`` has it.
+    segment
+        The segment's name.
+
+    Returns a boolean; a repository that cannot be asked holds nothing. Raises nothing.
+    """
+    stanza, below = __salt__["slmdb_pgbackrest.stanza"](), f"{segment[:16]}/{segment}-*"
+    if row["local"]:
+        return bool(glob.glob(f"{row['path']}/archive/{stanza}/*/{below}"))
+    options = [f"--repo={row['repository']}", "--output=json"]
+    try:
+        found = __salt__["slmdb_pgbackrest.info"](PATIENCE, row["repository"])["archive"]
+        where = f"archive/{stanza}/{found[-1]['id']}/{segment[:16]}" if found else "archive"
+        text = __salt__["slmdb_pgbackrest.run"]("repo-ls", *options, where, timeout=PATIENCE)
+    except CommandExecutionError:
+        return False
+    return f'"{segment}-' in text
 
 
 def refuse_another(number: int, history: list[dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ CONFIG = "/etc/pgbackrest/autobot-slm.conf"
 INCLUDED = "/etc/pgbackrest/autobot-slm"
 # By repository; and what else opens the second one.
 KEYS = {1: f"{INCLUDED}/key.conf", 2: f"{INCLUDED}/key-2.conf"}
+KEPT = ".kept"
 CREDENTIALS = f"{INCLUDED}/repository-2.conf"
 STANZA = "autobot-slm"
 WORK = "/var/lib/autobot-slm-database/pgbackrest"
@@ -173,7 +174,8 @@ def _refuse_lost_keys() -> None:
     encrypted = __salt__["slmdb_backup_repository.encrypted"]()
     for row in __salt__["slmdb_backup_repository.described"]():
         number, path = row["repository"], row["path"]
-        if number not in encrypted or os.path.exists(KEYS[number]) or not row["local"]:
+        there = any(os.path.exists(KEYS[number] + end) for end in ("", KEPT))
+        if number not in encrypted or there or not row["local"]:
             continue
         if os.path.isdir(os.path.join(path, "archive", STANZA)):
             raise CommandExecutionError(
@@ -187,7 +189,7 @@ def _files() -> dict[str, bytes | None]:
     files: dict[str, bytes | None] = {CONFIG: config().encode()}
     encrypted = __salt__["slmdb_backup_repository.encrypted"]()
     for number, path in KEYS.items():
-        kept = f"{path}.kept"
+        kept = path + KEPT
         present = __salt__["slmdb_file.read"](path) or __salt__["slmdb_file.read"](kept)
         made = f"[global]\nrepo{number}-cipher-pass={secrets.token_urlsafe(48)}\n".encode()
         # A key is never thrown away, but pgBackRest takes its presence for that of its repository.
@@ -278,7 +280,7 @@ def line(verb: str, *options: str) -> list[str]:
     verb
         pgBackRest's command.
     options
-        Its options.
+        Its options, and its parameters, which do not begin with a hyphen.
 
     A backup in a repository host is made by that host, which is told over SSH.
     """
@@ -286,7 +288,9 @@ def line(verb: str, *options: str) -> list[str]:
     start = __salt__["slmdb_backup_repository.remote"]() if away else []
     if start:
         return [*start, f"--stanza={STANZA}", *options, verb]
-    return [*CONFIGURED, *options, verb]
+    parameters = [word for word in options if not word.startswith("-")]
+    flags = [word for word in options if word.startswith("-")]
+    return [*CONFIGURED, *flags, verb, *parameters]
 
 
 def command(*words: str) -> list[str]:

@@ -20,7 +20,7 @@ REGION, BUCKET = "test-1", "slm-backups"
 def _certificate(directory: Path) -> tuple[Path, Path]:
     certificate, key = directory / "s3.pem", directory / "s3.key"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     command += ["-out", str(certificate), "-keyout", str(key)]
     subprocess.run(command, check=True, capture_output=True)
     return certificate, key
