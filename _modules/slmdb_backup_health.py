@@ -52,7 +52,7 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
     ``repository``, ``where``, ``local``, ``there``, ``backups``, ``last`` and ``failed``), ``wal``
     (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``),
-    ``verified`` and ``drill``. Raises ``CommandExecutionError`` if the settings cannot be told.
+    ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises ``CommandExecutionError`` if the settings cannot be told.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return {"enabled": False}
@@ -64,7 +64,8 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
         "repositories": [_repository(row, runs) for row in described],
         "wal": _wal(archiver or {}, runs, logged),
         "verified": _verified(),
-        "drill": _drill(),
+        "drill": __salt__["slmdb_backup_drill.last"](),
+        "copy": __salt__["slmdb_backup_copy.state"](),
     }
 
 
@@ -294,13 +295,6 @@ def verified(problems: list[str]) -> None:
     __salt__["slmdb_file.write"](VERIFIED, (json.dumps(told) + "\n").encode(), mode="0640")
 
 
-def _drill() -> dict[str, Any]:
-    nothing = {"last": None, "proven": None}
-    if "slmdb_backup_drill.last" not in __salt__:
-        return nothing
-    return __salt__["slmdb_backup_drill.last"]() or nothing
-
-
 def judge(found: dict[str, Any], settings: dict[str, Any], now: float) -> dict[str, list[str]]:
     """
     Say what is wrong with the backups, and what is only worth knowing.
@@ -349,6 +343,8 @@ def _judge(
     ):
         for grave, line in part:
             (problems if grave else warnings).append(line)
+    if found["copy"]["problem"]:
+        warnings.append(found["copy"]["problem"])
     if len(found["repositories"]) == 1:
         warnings.append(
             "backups are only local: a lost host loses them; slm_database:backup:second names a "

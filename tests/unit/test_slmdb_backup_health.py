@@ -23,6 +23,7 @@ WELL = {
     ],
     "wal": {"mode": "on", "waiting_seconds": None, "failing": None, "reason": None, "gap": None},
     "verified": None,
+    "copy": {"problem": None},
     "drill": {"last": None, "proven": {"at": "2027-01-14T08:00:00Z", "proven": True}},
 }
 
@@ -93,6 +94,7 @@ def test_a_problem(judge, changed, words):
         ({"enabled": False}, "slm_database:backup:enabled is false"),
         ({"since": None}, "not set up yet"),
         ({"repositories": WELL["repositories"][:1]}, "backups are only local"),
+        ({"copy__problem": "no off-host copy yet"}, "no off-host copy yet"),
         ({"wal__mode": "off"}, "archive_mode waits for a restart"),
         (
             {"wal__failing": {"wal": "W", "since": None}, "wal__reason": "no space"},
