@@ -52,7 +52,8 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
     ``repository``, ``where``, ``local``, ``there``, ``backups``, ``last`` and ``failed``), ``wal``
     (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``),
-    ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises ``CommandExecutionError`` if the settings cannot be told.
+    ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
+    ``CommandExecutionError`` if the settings cannot be told.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return {"enabled": False}
