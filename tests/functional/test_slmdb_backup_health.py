@@ -66,9 +66,9 @@ def long_ago(hours):
 
 
 @contextlib.contextmanager
-def buried(directory):
+def buried(directory, mode="0777"):
     """A disk that is full and knows nothing lies over a directory."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0777", "tmpfs", str(directory)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=64k,mode={mode}", "tmpfs", str(directory)]
     subprocess.run(mount, check=True)
     try:
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
 import time
@@ -12,6 +11,8 @@ import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from tests.functional.test_slm_database import begin_applied
+from tests.functional.test_slmdb_backup_health import buried
+from tests.functional.test_slmdb_restore import entries
 from tests.support import s3
 from tests.support import world as worlds
 
@@ -45,15 +46,9 @@ def host(minions):
     minion.call("slmdb_server.forget")
 
 
-@contextlib.contextmanager
 def dead(directory):
-    """A disk that is full and knows nothing lies over a repository."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0500", "tmpfs", str(directory)]
-    subprocess.run(mount, check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+    """Nobody but root comes in there."""
+    return buried(directory, "0500")
 
 
 def labels(minion):
@@ -63,15 +58,6 @@ def labels(minion):
 def write(minion, entry):
     minion.call("slmdb_server.execute", "CREATE TABLE IF NOT EXISTS log (entry text)")
     minion.call("slmdb_server.execute", "INSERT INTO log VALUES (%s)", [entry])
-
-
-def entries(minion, port):
-    connection = minion.call("slmdb_server.connect", port=port)
-    with connection, connection.cursor() as cursor:
-        cursor.execute("SELECT entry FROM log ORDER BY ctid")
-        rows = [row[0] for row in cursor.fetchall()]
-    connection.close()
-    return rows
 
 
 def test_every_backup_goes_to_both_and_comes_back_from_either(host):
