@@ -45,8 +45,8 @@ def health(timeout: float | None = None) -> dict[str, Any]:
         ``health:timeout`` from pillar (2).
 
     Returns ``healthy``; ``problems`` and ``warnings`` (one line each; only problems make it
-    unhealthy); ``server``, ``access``, ``migration``, ``tables``, ``capacity``, ``secret`` and
-    ``pending``. The return code is 1 if it is unhealthy. Raises nothing.
+    unhealthy); ``server``, ``access``, ``migration``, ``tables``, ``capacity``, ``secret``,
+    ``backup`` and ``pending``. The return code is 1 if it is unhealthy. Raises nothing.
     """
     answer = __salt__["slmdb_health.report"](timeout)
     if not answer["healthy"]:

@@ -4,8 +4,7 @@ Backups: made, listed, verified, and described, by pgBackRest.
 
 from __future__ import annotations
 
-import os
-import re
+import logging
 import time
 from typing import Any
 
@@ -13,10 +12,10 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb_backup"
 
-TYPES = {"full": "full", "differential": "diff", "incremental": "incr"}
+log = logging.getLogger(__name__)
+
+TYPES = {"full": "full", "diff": "differential", "incr": "incremental"}
 PATIENCE = 120
-# A backup is seldom larger than the last one of its kind, but it may be.
-MARGIN = 1.2
 ARCHIVED = "SELECT EXISTS (SELECT FROM pg_ls_archive_statusdir() WHERE name = %s) AS done"
 
 
@@ -37,11 +36,10 @@ def _moment(seconds: float | None) -> str | None:
 
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     """One backup of pgBackRest's list, in our words."""
-    names = {short: name for name, short in TYPES.items()}
     size = found["info"]
     return {
         "label": found["label"],
-        "type": names.get(found["type"], found["type"]),
+        "type": TYPES.get(found["type"], found["type"]),
         "repository": found["database"]["repo-key"],
         "started": _moment(found["timestamp"]["start"]),
         "stopped": _moment(found["timestamp"]["stop"]),
@@ -54,9 +52,30 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def rows(repository: int, timeout: float | None = None) -> list[dict[str, Any]]:
+    """
+    List the backups of one repository, oldest first.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.rows 1
+
+    repository
+        Its number.
+    timeout
+        Seconds for pgBackRest to answer; ``None``: as long as it takes.
+
+    Returns what ``list`` returns. Raises ``CommandExecutionError`` if it cannot be read.
+    """
+    found = __salt__["slmdb_pgbackrest.info"](timeout, repository)["backup"]
+    return sorted((_row(one) for one in found), key=lambda row: (row["stopped"], row["label"]))
+
+
 def list_() -> list[dict[str, Any]]:
     """
-    List the backups, oldest first.
+    List the backups of every repository, oldest first.
 
     CLI Example:
 
@@ -67,16 +86,26 @@ def list_() -> list[dict[str, Any]]:
     Returns for each ``label``, ``type`` (full, differential, incremental), ``repository``,
     ``started`` and ``stopped`` (UTC), ``seconds``, ``database_bytes``, ``repository_bytes`` (what
     it added), ``needs`` (labels), ``wal`` (first and last segment) and ``damaged`` (pages whose
-    checksum was wrong). Raises ``CommandExecutionError`` if the repository cannot be read.
+    checksum was wrong). A second repository that cannot be read is named in the log, and by
+    ``info``. Raises ``CommandExecutionError`` if none can be read.
     """
     _enabled()
-    rows = [_row(found) for found in __salt__["slmdb_pgbackrest.info"]()["backup"]]
-    return sorted(rows, key=lambda row: (row["stopped"], row["label"]))
+    found, failures = [], []
+    for number in __salt__["slmdb_pgbackrest.repositories"]():
+        try:
+            found += rows(number)
+        except CommandExecutionError as err:
+            failures.append(f"repository {number}: {err}")
+    if failures and not found:
+        raise CommandExecutionError("; ".join(failures))
+    for line in failures:
+        log.warning("slmdb_backup.list: %s", line)
+    return sorted(found, key=lambda row: (row["stopped"], row["label"]))
 
 
 def info(timeout: float | None = None) -> dict[str, Any]:
     """
-    Describe the repository, and what can be restored from it.
+    Describe the repositories, and what can be restored from them.
 
     CLI Example:
 
@@ -87,39 +116,99 @@ def info(timeout: float | None = None) -> dict[str, Any]:
     timeout
         Seconds for pgBackRest to answer; ``None``: as long as it takes.
 
-    Returns ``path``, ``encrypted``, ``status`` (pgBackRest's words), ``running`` (a backup, now),
-    ``progress`` (per cent; ``None`` if it is not told), ``free_bytes``, ``backups`` (how many),
-    ``newest`` (as ``list`` has it; ``None``), ``earliest`` (UTC; the first moment that can be
-    restored), ``first_wal`` and ``last_wal``. Raises ``CommandExecutionError`` if the repository
-    cannot be read.
+    Returns of the first repository ``repository``, ``where``, ``encrypted``, ``status``
+    (pgBackRest's words), ``running`` (a backup, now), ``progress`` (per cent; ``None`` if it is not
+    told), ``free_bytes``, ``backups`` (how many), ``newest`` (as ``list`` has it; ``None``),
+    ``earliest`` (UTC; the first moment that can be restored), ``first_wal`` and ``last_wal``; and
+    ``others``, the same of the second, or its ``problem``. Raises ``CommandExecutionError`` if the
+    first cannot be read.
     """
     _enabled()
-    found = __salt__["slmdb_pgbackrest.info"](timeout)
-    rows = sorted((_row(one) for one in found["backup"]), key=lambda row: row["stopped"])
+    first, *more = __salt__["slmdb_backup_repository.described"]()
+    others = []
+    for row in more:
+        try:
+            others.append(_about(row, timeout))
+        except CommandExecutionError as err:
+            problem = {"repository": row["repository"], "where": row["where"], "problem": str(err)}
+            others.append(problem)
+    return {**_about(first, timeout), "others": others}
+
+
+def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
+    number = repository["repository"]
+    found = __salt__["slmdb_pgbackrest.info"](timeout, number)
+    backups = sorted((_row(one) for one in found["backup"]), key=lambda row: row["stopped"])
     lock = found["status"].get("lock", {}).get("backup", {})
     done, size = lock.get("size-cplt"), lock.get("size")
     archive = found["archive"][-1] if found["archive"] else {}
+    free = __salt__["slmdb_backup_create.free"]
     return {
-        "path": __salt__["slmdb_pillar.get"]("backup", "path"),
+        "repository": number,
+        "where": repository["where"],
         "encrypted": found.get("cipher", "none") != "none",
         "status": found["status"]["message"],
         "running": bool(lock.get("held")),
         "progress": round(100 * done / size, 1) if done is not None and size else None,
-        "free_bytes": _free(),
-        "backups": len(rows),
-        "newest": rows[-1] if rows else None,
-        "earliest": rows[0]["stopped"] if rows else None,
+        "free_bytes": free(repository["path"]) if repository["local"] else None,
+        "backups": len(backups),
+        "newest": backups[-1] if backups else None,
+        "earliest": backups[0]["stopped"] if backups else None,
         "first_wal": archive.get("min"),
         "last_wal": archive.get("max"),
     }
 
 
-def _free() -> int | None:
-    try:
-        seen = os.statvfs(__salt__["slmdb_pillar.get"]("backup", "path"))
-    except OSError:
+def parked() -> bool:
+    """
+    Tell whether there can be no backup yet, because ``archive_mode`` waits for a restart.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.parked
+
+    Raises ``CommandExecutionError`` if the server does not answer.
+    """
+    return __salt__["slmdb_server.query"]("SHOW archive_mode")[0]["archive_mode"] == "off"
+
+
+def refuse_parked() -> None:
+    """
+    Refuse what needs archived WAL while ``archive_mode`` waits for a restart.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.refuse_parked
+
+    Raises ``CommandExecutionError`` then, or if the server does not answer.
+    """
+    if parked():
+        raise CommandExecutionError(
+            "the server does not archive its WAL: archive_mode waits for a restart, which "
+            "slm_database:maintenance permits (a window, or approve: true)"
+        )
+
+
+def before_change() -> str | None:
+    """
+    Make a backup before a change that may go wrong, if there can be one.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.before_change
+
+    Returns its label; ``None`` if ``backup:enabled`` is false or the server does not archive before
+    its next restart. Raises what ``create`` raises.
+    """
+    if not __salt__["slmdb_pillar.get"]("backup", "enabled") or parked():
         return None
-    return seen.f_bavail * seen.f_frsize
+    return str(create()["label"])
 
 
 def settle() -> dict[str, str]:
@@ -136,11 +225,7 @@ def settle() -> dict[str, str]:
     Raises ``CommandExecutionError`` if the server does not archive, or not within 120 s.
     """
     query = __salt__["slmdb_server.query"]
-    if query("SHOW archive_mode")[0]["archive_mode"] == "off":
-        raise CommandExecutionError(
-            "the server does not archive its WAL: archive_mode waits for a restart, which "
-            "slm_database:maintenance permits (a window, or approve: true)"
-        )
+    refuse_parked()
     transaction = query("SELECT pg_current_xact_id()::text AS id")[0]["id"]
     row = query(
         "SELECT pg_current_wal_insert_lsn()::text AS lsn, "
@@ -148,7 +233,7 @@ def settle() -> dict[str, str]:
     )[0]
     query("SELECT pg_switch_wal()")
     deadline = time.monotonic() + PATIENCE
-    while not query(ARCHIVED, [f"{row['wal']}.done"])[0]["done"]:
+    while not _archived(row["wal"]):
         if time.monotonic() > deadline:
             raise CommandExecutionError(
                 f"WAL segment {row['wal']} was not archived within {PATIENCE} s; "
@@ -156,6 +241,16 @@ def settle() -> dict[str, str]:
             )
         time.sleep(0.1)
     return {"transaction": transaction, **row}
+
+
+def _archived(segment: str) -> bool:
+    """In all repositories, or, if one of several is dead, in another."""
+    if __salt__["slmdb_server.query"](ARCHIVED, [f"{segment}.done"])[0]["done"]:
+        return True
+    rows = __salt__["slmdb_backup_repository.described"]()
+    return len(rows) > 1 and any(
+        __salt__["slmdb_backup_repository.holds"](row, segment) for row in rows
+    )
 
 
 def _archiver_words() -> str:
@@ -169,7 +264,7 @@ def _archiver_words() -> str:
 
 def create(type: str | None = None) -> dict[str, Any]:
     """
-    Make a backup now.
+    Make a backup now, in every repository.
 
     CLI Example:
 
@@ -181,45 +276,13 @@ def create(type: str | None = None) -> dict[str, Any]:
         ``full``, ``differential`` (since the last full) or ``incremental`` (since the last of
         any); ``None``: incremental. Without a full backup it is a full one.
 
-    Returns the new backup as ``list`` has it. Old ones beyond ``backup:retention`` go then.
-    Raises ``SaltInvocationError`` for another type, ``CommandExecutionError`` if the disk would
-    not hold it, the server does not archive, or pgBackRest fails.
+    Returns the new backup as ``list`` has it, and ``others``: those of a second repository. Old
+    ones beyond ``retention`` go then. Raises ``SaltInvocationError`` for another type;
+    ``CommandExecutionError`` if the disk would not hold it, the server does not archive, or
+    pgBackRest fails, which names the repository, and what was made in the other.
     """
-    wanted = type or "incremental"
-    if wanted not in TYPES:
-        raise SaltInvocationError(
-            f"type: {wanted!r} is not a type of backup; allowed: {', '.join(TYPES)}"
-        )
-    before = list_()
-    full = [row for row in before if row["type"] == "full"]
-    _refuse_without_room(wanted if full else "full", before)
-    settle()
-    __salt__["slmdb_pgbackrest.run"]("backup", f"--type={TYPES[wanted]}")
-    labels = {row["label"] for row in before}
-    made = [row for row in list_() if row["label"] not in labels]
-    if not made:
-        raise CommandExecutionError("pgbackrest backup: it said yes but no new backup is listed")
-    return made[-1]
-
-
-def _refuse_without_room(wanted: str, before: list[dict[str, Any]]) -> None:
-    """Compare the free space with the last backup of the kind, else with all of the data."""
-    free = _free()
-    same = [row["repository_bytes"] for row in before if row["type"] == wanted]
-    if same:
-        needed = int(same[-1] * MARGIN)
-    else:
-        rows = __salt__["slmdb_server.query"](
-            "SELECT sum(pg_database_size(oid))::bigint AS bytes FROM pg_database"
-        )
-        # Compressed it is smaller, but that is known only afterwards.
-        needed = rows[0]["bytes"] // 2 if wanted == "full" else 0
-    if free is not None and free < needed:
-        path = __salt__["slmdb_pillar.get"]("backup", "path")
-        raise CommandExecutionError(
-            f"slm_database:backup:path: {path} has {free // 1024**2} MiB free, the next {wanted} "
-            f"backup needs about {needed // 1024**2} MiB; make room, or lower backup:retention"
-        )
+    _enabled()
+    return __salt__["slmdb_backup_create.create"](type or "incremental")
 
 
 def verify() -> dict[str, Any]:
@@ -237,14 +300,10 @@ def verify() -> dict[str, Any]:
     repository cannot be read.
     """
     _enabled()
-    try:
-        text = __salt__["slmdb_pgbackrest.run"]("verify", "--output=text", "--verbose")
-        problems = _wrong(text)
-    except CommandExecutionError as err:
-        text, problems = "", [str(err)]
-    if problems:
+    answer = __salt__["slmdb_backup_create.verify"]()
+    if not answer["right"]:
         __context__["retcode"] = 1
-    return {"right": not problems, "problems": problems, "report": text.strip()}
+    return answer
 
 
 def restore(
@@ -371,19 +430,6 @@ def drill(repository: int | None = None) -> dict[str, Any]:
     if not answer["proven"]:
         __context__["retcode"] = 1
     return answer
-
-
-def _wrong(text: str) -> list[str]:
-    """The lines of a report that count something missing or invalid."""
-    found, part = [], ""
-    for line in text.splitlines():
-        heading = re.match(r"\s*(archiveId|backup): ([^,]+)", line)
-        if heading:
-            part = f"{heading[1]} {heading[2]}"
-        trouble = re.findall(r"((?:missing|checksum invalid|size invalid|other): [1-9]\d*)", line)
-        if trouble or re.search(r"status: (?:invalid|in-progress)|ERROR", line):
-            found.append(f"{part}: {line.strip()}".lstrip(": "))
-    return found
 
 
 __func_alias__ = {"list_": "list"}

@@ -164,7 +164,7 @@ def _last_in_line() -> Iterator[None]:
 
 def _turn(wanted: int | None) -> int:
     """The repository that is asked for, else the one whose last drill is the longest ago."""
-    numbers = __salt__["slmdb_backup_schedule.repositories"]()
+    numbers = __salt__["slmdb_pgbackrest.repositories"]()
     drilled = _record().get("drilled", {})
     if wanted is None:
         return min(numbers, key=lambda number: (drilled.get(str(number), ""), number))

@@ -116,22 +116,9 @@ def cron(when: str) -> str:
     return f"{minute} {hour} * * {','.join(str(day) for day in sorted(numbers)) or '*'}"
 
 
-def repositories() -> list[int]:
-    """
-    Return the numbers of the repositories that get backups.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_backup_schedule.repositories
-    """
-    return [1, 2] if _get().get("second") else [1]
-
-
 def _backup(kind: str) -> list[str]:
     """One backup for each repository; one that fails keeps no other from its own."""
-    line, numbers = __salt__["slmdb_pgbackrest.line"], repositories()
+    line, numbers = __salt__["slmdb_pgbackrest.line"], __salt__["slmdb_pgbackrest.repositories"]()
     options = [f"--type={TYPES[kind]}"]
     if len(numbers) == 1:
         return line("backup", *options)
@@ -156,7 +143,7 @@ def _jobs() -> dict[str, tuple[str, str, list[str]]]:
 
 def _service(job: str, user: str, command: list[str]) -> bytes:
     mounts, priority = "", PRIORITY if job in TYPES else LAST
-    if repositories() == [1]:
+    if __salt__["slmdb_pgbackrest.repositories"]() == [1]:
         # With another repository a disk that does not come up must not stop what goes there.
         mounts = f"RequiresMountsFor={_get('path')}\n"
         priority += "PrivateNetwork=true\n" if job == "drill" else ""

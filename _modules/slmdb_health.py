@@ -44,6 +44,11 @@ SELECT current_setting('server_version') AS version,
        (SELECT json_build_object('name', gid, 'user', owner, 'database', database,
                'seconds', extract(epoch FROM clock_timestamp() - prepared)::bigint)
           FROM pg_prepared_xacts ORDER BY prepared LIMIT 1) AS oldest_prepared,
+       (SELECT json_build_object('mode', current_setting('archive_mode'),
+               'archived', last_archived_wal, 'failed', last_failed_wal,
+               'archived_at', extract(epoch FROM last_archived_time)::float,
+               'failed_at', extract(epoch FROM last_failed_time)::float)
+          FROM pg_stat_archiver) AS archiver,
        (SELECT rolcanlogin FROM pg_roles WHERE rolname = %(role)s) AS role_may_log_in,
        (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(database)s) AS owner
 """
@@ -316,6 +321,7 @@ def empty() -> dict[str, Any]:
         "tables": {"expected": [], "missing": None},
         "capacity": {},
         "secret": {},
+        "backup": {},
         "pending": [],
         "foreign": [],
         "fixed": [],
@@ -342,8 +348,8 @@ def report(timeout: float | None = None) -> dict[str, Any]:
         Seconds within which the report is there; ``None``: ``health:timeout`` from pillar.
 
     Returns ``healthy``, ``problems``, ``warnings``, ``server``, ``access``, ``migration``,
-    ``tables``, ``capacity``, ``secret`` and ``pending``; further ``foreign`` (what overrides our
-    settings) and ``fixed`` (what only a rebuild changes). Raises nothing.
+    ``tables``, ``capacity``, ``secret``, ``backup`` and ``pending``; further ``foreign`` (what
+    overrides our settings) and ``fixed`` (what only a rebuild changes). Raises nothing.
     """
     begun = time.monotonic()
     answer, parts = empty(), _Parts()
@@ -353,11 +359,13 @@ def report(timeout: float | None = None) -> dict[str, Any]:
     if settings and found:
         moment = begun + _seconds(timeout, settings)
         parts.get("report", _fill, answer, parts, settings, found, moment)
-        verdict = parts.get(
-            "verdict", __salt__["slmdb_health_verdict.judge"], answer, settings, default={}
-        )
-        answer["problems"] += verdict.get("problems", [])
-        answer["warnings"] += verdict.get("warnings", [])
+        for judge, *told in (
+            ("slmdb_health_verdict.judge", answer, settings),
+            ("slmdb_backup_health.judge", answer["backup"], settings["backup"], time.time()),
+        ):
+            verdict = parts.get("verdict", __salt__[judge], *told, default={})
+            answer["problems"] += verdict.get("problems", [])
+            answer["warnings"] += verdict.get("warnings", [])
     answer["problems"] += parts.failures
     answer["healthy"] = not answer["problems"]
     return answer
@@ -392,6 +400,8 @@ def _fill(
     __context__.pop("slmdb_units", None)
     answer["server"] = _server(found, isready, unit, row)
     answer["capacity"] = _capacity(found, row, inside)
+    backup = __salt__["slmdb_backup_health.facts"]
+    answer["backup"] = parts.get("backup", backup, row.get("archiver"), default={})
 
 
 def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:

@@ -173,6 +173,11 @@ _KINDS: dict[str, _Kind] = {
     "amount": _Kind("in range", "a number from {} to {}", _is_amount),
     "boolean": _Kind("a boolean", "true or false", lambda value: isinstance(value, bool)),
     "choice": _Kind("one of the choices", "", _is_choice),
+    "bucket": _Kind(
+        "the name of a bucket",
+        "3 to 63 lower-case letters, digits, dots and hyphens",
+        _matches(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"),
+    ),
     "command": _Kind(
         "a command",
         "one line of words, quoted as in a shell, without a shell's operators",
@@ -203,6 +208,11 @@ _KINDS: dict[str, _Kind] = {
         "the full fingerprint of a key",
         "40 hexadecimal digits, spaces between them do not matter",
         _matches(r"(?:\s*[0-9A-Fa-f]){40}\s*"),
+    ),
+    "host_name": _Kind(
+        "a host",
+        "a name or an IP address, without a scheme, a port and a path",
+        _matches(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f:.]{2,45}"),
     ),
     "identifier": _Kind("a name", _NAME, _is_identifier),
     "integer": _Kind("in range", "a whole number from {} to {}", _is_integer),
@@ -328,6 +338,7 @@ _KINDS: dict[str, _Kind] = {
         "(those go to /etc/apt/auth.conf.d)",
         _matches(r"(?:https?|mirror|mirror\+https?)://[^\s/@]+(/[^\s@]*)?|file:/[^\s]*"),
     ),
+    "word": _Kind("a word", "letters, digits, _ and -", _matches(r"[A-Za-z0-9_-]{1,63}")),
     "url_driver": _Kind(
         "a URL scheme",
         "such as postgresql+asyncpg",

@@ -165,9 +165,7 @@ def _no_long_transactions(job: dict[str, Any]) -> str:
 
 
 def _backup(job: dict[str, Any]) -> str | None:
-    if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
-        return None
-    return str(__salt__["slmdb_backup.create"]()["label"])
+    return __salt__["slmdb_backup.before_change"]()
 
 
 def _update(job: dict[str, Any]) -> str | None:

@@ -168,8 +168,7 @@ def _restore_point(plan: dict[str, Any]) -> str | None:
         name = None  # there is nothing to restore to
     else:
         _query("SELECT pg_create_restore_point(%s)", [name])
-    if __salt__["slmdb_pillar.get"]("backup", "enabled"):
-        __salt__["slmdb_backup.create"]()
+    __salt__["slmdb_backup.before_change"]()
     return name
 
 

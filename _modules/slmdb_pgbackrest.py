@@ -13,6 +13,8 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -22,18 +24,27 @@ __virtualname__ = "slmdb_pgbackrest"
 PROGRAM = "/usr/bin/pgbackrest"
 CONFIG = "/etc/pgbackrest/autobot-slm.conf"
 INCLUDED = "/etc/pgbackrest/autobot-slm"
-KEY = f"{INCLUDED}/key.conf"
+# By repository; and what else opens the second one.
+KEYS = {1: f"{INCLUDED}/key.conf", 2: f"{INCLUDED}/key-2.conf"}
+KEPT = ".kept"
+CREDENTIALS = f"{INCLUDED}/repository-2.conf"
 STANZA = "autobot-slm"
 WORK = "/var/lib/autobot-slm-database/pgbackrest"
 LOGS = "/var/log/pgbackrest"
+SINCE = "/var/lib/autobot-slm-database/backups-since"
+PATIENCE = 60
 UNREADABLE = 99  # pgBackRest's status of a repository that it could not read
+# Only so does a second repository that is dead not keep WAL from the first. What the process in the
+# background would log, the one that the server waits for says as well.
+ASYNCHRONOUS = ["", "[global:archive-push]", "archive-async=y", "log-level-file=off"]
 CONFIGURED = [
     PROGRAM,
     f"--config={CONFIG}",
     f"--config-include-path={INCLUDED}",
     f"--stanza={STANZA}",
 ]
-_ERROR = re.compile(r"ERROR: \[\d+\]: (.*)")
+# A line that ends with a colon goes on in the next.
+_ERROR = re.compile(r"ERROR: \[\d+\]: ((?:.*:\n)*.*)")
 _CAUSE = re.compile(r"WARN: unable to check pg1: (?:\[\w+\] )?(.*)")
 
 
@@ -62,9 +73,51 @@ def settings() -> dict[str, str]:
     return {
         "wal_level": "replica",
         "archive_mode": "on",
-        "archive_command": " ".join([*CONFIGURED, "archive-push %p"]),
+        # Its words go where health finds them, whoever collects the server's own.
+        "archive_command": f"{' '.join(CONFIGURED)} archive-push %p 2>>{logs()}-archive-push.log",
         "archive_timeout": "5min",
     }
+
+
+def stanza() -> str:
+    """
+    Return the name under which the repositories know our instance.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.stanza
+    """
+    return STANZA
+
+
+def logs() -> str:
+    """
+    Return how the paths of our logs begin; ``-backup.log`` and the like follow.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.logs
+    """
+    return f"{LOGS}/{STANZA}"
+
+
+def repositories() -> list[int]:
+    """
+    Return the numbers of the configured repositories, as pgBackRest counts them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.repositories
+
+    Raises what wrong settings raise.
+    """
+    return [row["repository"] for row in __salt__["slmdb_backup_repository.described"]()]
 
 
 def config() -> str:
@@ -83,10 +136,7 @@ def config() -> str:
     lines = [
         "# Written by the slm_database formula; changes are lost.",
         "[global]",
-        f"repo1-path={_get('path')}",
-        f"repo1-cipher-type={'aes-256-cbc' if _get('encryption') else 'none'}",
-        f"repo1-retention-full={_get('retention', 'full')}",
-        f"repo1-retention-diff={_get('retention', 'differential')}",
+        *__salt__["slmdb_backup_repository.lines"](),
         "compress-type=zst",
         "start-fast=y",
         f"archive-push-queue-max={_get('queue_limit').replace(' ', '')}",
@@ -94,6 +144,7 @@ def config() -> str:
         f"spool-path={WORK}/spool",
         f"log-path={LOGS}",
         "log-level-console=off",
+        *(ASYNCHRONOUS if len(repositories()) > 1 else []),
         "",
         f"[{STANZA}]",
         f"pg1-path={found['data_directory']}",
@@ -107,19 +158,45 @@ def config() -> str:
 def _directories() -> dict[str, tuple[str, str, int]]:
     """Path to owner, group and mode."""
     user = __salt__["slmdb_instance.facts"]()["user"]
-    return {
+    made = {
         INCLUDED: ("root", user, 0o750),
         WORK: (user, user, 0o750),
         LOGS: (user, user, 0o750),
-        _get("path"): (user, user, 0o750),
     }
+    for row in __salt__["slmdb_backup_repository.described"]():
+        if row["local"]:
+            made[row["path"]] = (user, user, 0o750)
+    return made
 
 
-def _lost_key() -> bool:
-    """Tell whether there is a repository that was made with a key that is gone."""
-    if not _get("encryption") or os.path.exists(KEY):
-        return False
-    return os.path.isdir(os.path.join(_get("path"), "archive", STANZA))
+def _refuse_lost_keys() -> None:
+    """A repository that was made with a key that is gone cannot be given another."""
+    encrypted = __salt__["slmdb_backup_repository.encrypted"]()
+    for row in __salt__["slmdb_backup_repository.described"]():
+        number, path = row["repository"], row["path"]
+        there = any(os.path.exists(KEYS[number] + end) for end in ("", KEPT))
+        if number not in encrypted or there or not row["local"]:
+            continue
+        if os.path.isdir(os.path.join(path, "archive", STANZA)):
+            raise CommandExecutionError(
+                f"slm_database:backup: {path} holds a repository but its key {KEYS[number]} is "
+                "missing; bring the copy of the key back, or move the repository away"
+            )
+
+
+def _files() -> dict[str, bytes | None]:
+    """Path to the wanted content of what only root and the server read; None: no such file."""
+    files: dict[str, bytes | None] = {CONFIG: config().encode()}
+    encrypted = __salt__["slmdb_backup_repository.encrypted"]()
+    for number, path in KEYS.items():
+        kept = path + KEPT
+        present = __salt__["slmdb_file.read"](path) or __salt__["slmdb_file.read"](kept)
+        made = f"[global]\nrepo{number}-cipher-pass={secrets.token_urlsafe(48)}\n".encode()
+        # A key is never thrown away, but pgBackRest takes its presence for that of its repository.
+        files[path] = (present or made) if number in encrypted else None
+        files[kept] = None if number in encrypted else present
+    files[CREDENTIALS] = __salt__["slmdb_backup_repository.credentials"]()
+    return files
 
 
 def differences() -> dict[str, Any]:
@@ -132,29 +209,22 @@ def differences() -> dict[str, Any]:
 
         salt-call slmdb_pgbackrest.differences
 
-    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs or ``backup:enabled`` is
-    false. Raises ``CommandExecutionError`` if a repository is there and its key is not.
+    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs; while ``backup:enabled`` is
+    false, only that limits no longer count. Raises ``CommandExecutionError`` if a repository is
+    there and its key is not.
     """
+    since = __salt__["slmdb_file.differences"](SINCE, None)
     if not _get("enabled"):
-        return {}
-    if _lost_key():
-        raise CommandExecutionError(
-            f"slm_database:backup: {_get('path')} holds a repository but its key {KEY} is missing; "
-            "bring the copy of the key back, or move the repository away"
-        )
-    changes: dict[str, Any] = {}
+        return since
+    __salt__["slmdb_backup_repository.refuse_old"](PROGRAM)
+    _refuse_lost_keys()
+    changes: dict[str, Any] = {} if since else {SINCE: {"old": None, "new": "present"}}
     for path in _directories():
         if not os.path.isdir(path):
             changes[path] = {"old": None, "new": "a directory"}
     user = __salt__["slmdb_instance.facts"]()["user"]
-    changes.update(
-        __salt__["slmdb_file.differences"](CONFIG, config().encode(), "root", user, "0640")
-    )
-    if _get("encryption"):
-        present = __salt__["slmdb_file.read"](KEY)
-        changes.update(
-            __salt__["slmdb_file.differences"](KEY, present or b"", "root", user, "0640")
-        )
+    for path, data in _files().items():
+        changes.update(__salt__["slmdb_file.differences"](path, data, "root", user, "0640"))
     return changes
 
 
@@ -172,15 +242,20 @@ def apply() -> None:
     """
     if not differences():
         return
+    if not _get("enabled"):
+        __salt__["slmdb_file.remove"](SINCE)
+        return
     user = __salt__["slmdb_instance.facts"]()["user"]
     for path, (owner, group, mode) in _directories().items():
         if not os.path.isdir(path):
             _make(path, owner, group, mode)
-    __salt__["slmdb_file.write"](CONFIG, config().encode(), "root", user, "0640")
-    if _get("encryption"):
-        made = f"[global]\nrepo1-cipher-pass={secrets.token_urlsafe(48)}\n".encode()
-        present = __salt__["slmdb_file.read"](KEY)
-        __salt__["slmdb_file.write"](KEY, present or made, "root", user, "0640")
+    for path, data in _files().items():
+        if data is None:
+            __salt__["slmdb_file.remove"](path)
+        else:
+            __salt__["slmdb_file.write"](path, data, "root", user, "0640")
+    if not os.path.exists(SINCE):
+        __salt__["slmdb_file.write"](SINCE, f"{int(time.time())}\n".encode(), mode="0640")
 
 
 def _make(path: str, owner: str, group: str, mode: int) -> None:
@@ -205,9 +280,17 @@ def line(verb: str, *options: str) -> list[str]:
     verb
         pgBackRest's command.
     options
-        Its options.
+        Its options, and its parameters, which do not begin with a hyphen.
+
+    A backup in a repository host is made by that host, which is told over SSH.
     """
-    return [*CONFIGURED, *options, verb]
+    away = verb == "backup" and "--repo=2" in options
+    start = __salt__["slmdb_backup_repository.remote"]() if away else []
+    if start:
+        return [*start, f"--stanza={STANZA}", *options, verb]
+    parameters = [word for word in options if not word.startswith("-")]
+    flags = [word for word in options if word.startswith("-")]
+    return [*CONFIGURED, *flags, verb, *parameters]
 
 
 def command(*words: str) -> list[str]:
@@ -228,7 +311,12 @@ def command(*words: str) -> list[str]:
     return ["setpriv", *become, "--", *words]
 
 
-def run(verb: str, *options: str, timeout: float | None = None) -> str:
+def run(
+    verb: str,
+    *options: str,
+    timeout: float | None = None,
+    told: Callable[[float], None] | None = None,
+) -> str:
     """
     Run a command of pgBackRest with our configuration, as the server's user.
 
@@ -244,6 +332,8 @@ def run(verb: str, *options: str, timeout: float | None = None) -> str:
         Its options.
     timeout
         Seconds; ``None``: as long as it takes.
+    told
+        For callers in Python: what is called with the per cent that are done, file by file.
 
     Returns what it printed. Raises ``CommandExecutionError`` with its first error if it fails.
     """
@@ -251,41 +341,49 @@ def run(verb: str, *options: str, timeout: float | None = None) -> str:
         raise CommandExecutionError(
             f"{CONFIG} does not exist; set slm_database:backup:enabled and apply the formula"
         )
-    words = command(*line(verb, *options, "--log-level-stderr=warn"))
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C.UTF-8"}
+    detail = ["--log-level-console=detail"] if told else []
+    words = command(*line(verb, *options, *detail, "--log-level-stderr=warn"))
     try:
-        done = subprocess.run(
-            words,
-            cwd="/",
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout,
-            check=False,
-        )
+        status, text, said = __salt__["slmdb_backup_progress.listen"](words, timeout, told)
     except subprocess.TimeoutExpired:
         raise CommandExecutionError(f"pgbackrest {verb} took longer than {timeout} s") from None
     except OSError as err:
         raise CommandExecutionError(f"pgbackrest cannot be run: {err.strerror}") from err
-    if done.returncode:
-        raise CommandExecutionError(f"pgbackrest {verb}: {_why(done.stderr + done.stdout)}")
-    return done.stdout
+    if status:
+        raise CommandExecutionError(f"pgbackrest {verb}: {_why(said + text, options)}")
+    return text
 
 
-def _why(text: str) -> str:
+def _why(text: str, options: Sequence[str]) -> str:
     """The first error in one line, with advice where the words alone would mislead."""
-    match = _CAUSE.search(text) or _ERROR.search(text)
+    key = KEYS[2 if "--repo=2" in options else 1]
+    cause = _CAUSE.search(text)
+    reasons = [cause[1]] if cause else errors(text)
     # What another key makes of a file is noise, and now and then no text at all.
     if re.search(r"cipher|decrypt|flush", text) or "\N{REPLACEMENT CHARACTER}" in text:
-        return f"the repository cannot be read: {KEY} is not the key that it was made with"
-    return match[1] if match else (text.strip().splitlines() or ["no output"])[-1]
+        return f"the repository cannot be read: {key} is not the key that it was made with"
+    return (reasons or text.strip().splitlines()[-1:] or ["no output"])[0]
 
 
-def info(timeout: float | None = None) -> dict[str, Any]:
+def errors(text: str) -> list[str]:
     """
-    Return what pgBackRest says of our stanza.
+    Return the errors in pgBackRest's words, each in one line.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.errors 'ERROR: [103]: unable to find a valid repository'
+
+    text
+        What it wrote.
+    """
+    return [" ".join(words.split()) for words in _ERROR.findall(text)]
+
+
+def info(timeout: float | None = None, repository: int = 1) -> dict[str, Any]:
+    """
+    Return what pgBackRest says of our stanza in one repository.
 
     CLI Example:
 
@@ -295,23 +393,29 @@ def info(timeout: float | None = None) -> dict[str, Any]:
 
     timeout
         Seconds; ``None``: as long as it takes.
+    repository
+        Its number.
 
     Returns pgBackRest's own structure: ``status``, ``archive``, ``backup``, ``repo`` and more.
     Raises ``CommandExecutionError`` if it fails.
     """
+    options = [f"--repo={repository}", "--output=json"]
     # What it cannot decrypt it quotes as it is, control characters and all.
-    answer = json.loads(run("info", "--output=json", timeout=timeout) or "[]", strict=False)
-    for repository in answer[0].get("repo", []) if answer else []:
-        if repository["status"]["code"] == UNREADABLE:
-            raise CommandExecutionError(_why(repository["status"]["message"]))
+    answer = json.loads(run("info", *options, timeout=timeout) or "[]", strict=False)
+    for one in answer[0].get("repo", []) if answer else []:
+        if one["status"]["code"] == UNREADABLE:
+            raise CommandExecutionError(_why(one["status"]["message"], options))
+    rows = __salt__["slmdb_backup_repository.described"]()
+    if any(row["repository"] == repository and row["type"] == "host" for row in rows):
+        __salt__["slmdb_backup_health.answered"](answer[0].get("backup", []) if answer else [])
     missing = {"status": {"code": 1, "message": "missing stanza"}}
     found = answer[0] if answer else missing
-    return {"archive": [], "backup": [], "repo": [], **found}
+    return {"archive": [], "backup": [], "repo": [], "db": [], **found}
 
 
 def missing_stanza() -> dict[str, Any]:
     """
-    Compare the repository with "it knows this instance".
+    Compare the repositories with "they know this instance".
 
     CLI Example:
 
@@ -319,22 +423,34 @@ def missing_stanza() -> dict[str, Any]:
 
         salt-call slmdb_pgbackrest.missing_stanza
 
-    Returns ``{what: {"old": …, "new": …}}``, empty if it does or ``backup:enabled`` is false.
-    Raises ``CommandExecutionError`` if the repository cannot be read.
+    Returns ``{what: {"old": …, "new": …}}``, empty if they do or ``backup:enabled`` is false.
+    Raises ``CommandExecutionError`` if the first cannot be read, or one is another instance's.
     """
     if not _get("enabled"):
         return {}
-    wanted = {f"stanza {STANZA}": {"old": None, "new": "present"}}
-    if not os.path.exists(CONFIG):
-        return wanted
-    codes = [one["status"]["code"] for one in info()["repo"]]
-    known = codes and all(code in (0, 2) for code in codes)
-    return {} if known else wanted
+    wanted = {}
+    for number in repositories():
+        if not os.path.exists(CONFIG) or not _known(number):
+            where = "" if number == 1 else f" in repository {number}"
+            wanted[f"stanza {STANZA}{where}"] = {"old": None, "new": "present"}
+    return wanted
+
+
+def _known(number: int) -> bool:
+    try:
+        found = info(PATIENCE, number)
+    except CommandExecutionError:
+        if number == 1:
+            raise
+        return False  # to make it there fails with the reason, when the first was seen to
+    __salt__["slmdb_backup_repository.refuse_another"](number, found["db"])
+    codes = [one["status"]["code"] for one in found["repo"]]
+    return bool(codes) and all(code in (0, 2) for code in codes)
 
 
 def create_stanza() -> None:
     """
-    Make the repository know this instance.
+    Make the repositories know this instance.
 
     CLI Example:
 
@@ -342,15 +458,15 @@ def create_stanza() -> None:
 
         salt-call slmdb_pgbackrest.create_stanza
 
-    Raises ``CommandExecutionError`` with pgBackRest's words, for instance if the repository is
-    another instance's.
+    Raises ``CommandExecutionError`` with pgBackRest's words if one of them cannot; those before it
+    know the instance then.
     """
     run("stanza-create")
 
 
 def leftovers() -> dict[str, Any]:
     """
-    Name what ``apply`` left on the host and goes with ``clean``; repository and key stay.
+    Name what ``apply`` left on the host and goes with ``clean``; repositories and keys stay.
 
     CLI Example:
 
@@ -360,12 +476,15 @@ def leftovers() -> dict[str, Any]:
 
     Returns ``{what: {"old": …, "new": …}}``. Raises ``CommandExecutionError`` if it cannot be read.
     """
-    return __salt__["slmdb_file.differences"](CONFIG, None)
+    changes: dict[str, Any] = {}
+    for path in (CONFIG, CREDENTIALS):
+        changes.update(__salt__["slmdb_file.differences"](path, None))
+    return changes
 
 
 def remove() -> None:
     """
-    Remove our configuration of pgBackRest; repository and key stay.
+    Remove our configuration of pgBackRest; repositories and keys stay.
 
     CLI Example:
 
@@ -375,4 +494,5 @@ def remove() -> None:
 
     Raises ``CommandExecutionError`` if it cannot be removed.
     """
-    __salt__["slmdb_file.remove"](CONFIG)
+    for path in (CONFIG, CREDENTIALS):
+        __salt__["slmdb_file.remove"](path)

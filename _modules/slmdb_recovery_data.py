@@ -86,7 +86,7 @@ def _repository_problem() -> str | None:
     path = _get("backup", "path")
     head = __salt__["slmdb_file.read"](os.path.join(path, "backup", STANZA, "backup.info"))
     if head is None:
-        if _get("backup").get("second"):
+        if _get("backup", "second", "type"):
             return None
         return (
             f"slm_database:backup:path: {path} holds no repository of ours; bring the repository "

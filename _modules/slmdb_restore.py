@@ -73,19 +73,20 @@ def plan(
         A name given by ``pg_create_restore_point``. It is looked for from the newest backup on;
         one from before that needs the ``label`` of an older backup.
 
-    Returns ``target``, ``label``, ``wal`` (the last segment that the backup itself needs),
-    ``options`` (pgBackRest's) and ``bytes`` (of the data). Raises ``SaltInvocationError`` for what
-    cannot be reached, with the range that can.
+    Of several repositories the first one that has a fitting backup is taken. Returns ``target``,
+    ``label``, ``repository``, ``wal`` (the last segment that the backup itself needs), ``options``
+    (pgBackRest's) and ``bytes`` (of the data). Raises ``SaltInvocationError`` for what cannot be
+    reached, with the range that can.
     """
     if time and restore_point:
         raise SaltInvocationError("time and restore_point cannot both be given; choose one")
     rows = _backups()
-    known = {row["label"]: row for row in rows}
+    known = {row["label"]: row for row in reversed(rows)}
     if label and label not in known:
         raise SaltInvocationError(
-            f"label: there is no backup {label}; there are {', '.join(known)}"
+            f"label: there is no backup {label}; there are {', '.join(reversed(known))}"
         )
-    chosen = known[label] if label else rows[-1]
+    chosen = known[label] if label else _newest(rows)
     options, target = [], "the end of the archived WAL"
     if time:
         moment = _utc(time)
@@ -102,7 +103,12 @@ def plan(
     options = [f"--set={chosen['label']}", *options]
     size = chosen["database_bytes"]
     made = {"label": chosen["label"], "wal": chosen["wal"][1], "bytes": size}
-    return {"target": target, "options": options, **made}
+    return {"target": target, "repository": chosen["repository"], "options": options, **made}
+
+
+def _newest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest of the first repository that has one: that is nearer, and as good."""
+    return max(rows, key=lambda row: (-row["repository"], row["stopped"], row["label"]))
 
 
 def _before(rows: list[dict[str, Any]], moment: datetime, label: str | None) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def _before(rows: list[dict[str, Any]], moment: datetime, label: str | None) -> 
         )
     fitting = [row for row in rows if _utc(row["stopped"]) <= moment]
     if not label:
-        return fitting[-1]
+        return _newest(fitting)
     if label not in [row["label"] for row in fitting]:
         raise SaltInvocationError(
             f"label: backup {label} was not complete at {moment.isoformat()}; "
@@ -176,7 +182,10 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
         options.append(f"--tablespace-map-all={directory}.tablespaces")
         if not archive:
             options.append("--archive-mode=off")
-        __salt__["slmdb_pgbackrest.run"]("restore", *options)
+        __salt__["slmdb_backup_progress.run"]("restore", chosen["repository"], *options)
+        __salt__["slmdb_backup_progress.tell"](
+            "restore", chosen["repository"], "done", bytes=chosen["bytes"]
+        )
     except OSError as err:
         raise CommandExecutionError(f"{directory}: cannot be made: {err.strerror}") from err
     except CommandExecutionError:

@@ -84,6 +84,27 @@ _ROLE = {
     "member_of": ("list", "identifier"),
     "connection_limit": ("integer", -1, 10000),
 }
+_RETENTION = {"full": ("integer", 1, 1000), "differential": ("integer", 1, 1000)}
+_REPOSITORY = {
+    "type": ("null", ("choice", "path", "s3", "sftp", "host")),
+    "path": ("null", "path"),
+    "encryption": "boolean",
+    "retention": _RETENTION,
+    "bucket": ("null", "bucket"),
+    "endpoint": ("null", "host_name"),
+    "region": ("null", "word"),
+    "uri_style": ("null", ("choice", "host", "path")),
+    "verify_tls": ("null", "boolean"),
+    "ca_file": ("null", "path"),
+    "key_pillar": ("null", "pillar_key"),
+    "secret_pillar": ("null", "pillar_key"),
+    "host": ("null", "host_name"),
+    "port": ("null", ("integer", 1, 65535)),
+    "user": ("null", "user"),
+    "private_key_file": ("null", "path"),
+    "host_key_hash_type": ("null", ("choice", "sha256", "sha1", "md5")),
+    "known_hosts": ("null", "path"),
+}
 SCHEMA: dict[str, Any] = {
     "version": ("null", "major"),
     "repository": ("choice", "distribution", "pgdg"),
@@ -167,10 +188,7 @@ SCHEMA: dict[str, Any] = {
         "enabled": "boolean",
         "path": "path",
         "encryption": "boolean",
-        "retention": {
-            "full": ("integer", 1, 1000),
-            "differential": ("integer", 1, 1000),
-        },
+        "retention": _RETENTION,
         "schedule": {
             "full": ("null", "moment"),
             "differential": ("null", "moment"),
@@ -178,9 +196,11 @@ SCHEMA: dict[str, Any] = {
             "drill": ("null", "moment"),
         },
         "drill": {"directory": ("null", "path"), "keep_free": "room"},
-        "queue_limit": "size",
         "dump": {"path": "path"},
         "copy": {"recipients": ("list", "recipient")},
+        "second": _REPOSITORY,
+        "queue_limit": "size",
+        "limits": {"backup": "duration", "wal": "duration", "proven_restore": "duration"},
     },
     "clean": {"data": "boolean", "role": "boolean", "secret": "boolean", "packages": "boolean"},
 }
@@ -412,6 +432,13 @@ def _check_windows(pillar: dict) -> Iterator[str]:
         yield from __salt__["slmdb_window.problems"](windows)
 
 
+def _check_second(pillar: dict) -> Iterator[str]:
+    """A second repository has what its type needs, and nothing else."""
+    told = _part(pillar, "backup", "second", of=dict)
+    first = _text(pillar, "backup", "path")
+    yield from __salt__["slmdb_backup_repository.problems"](told, first)
+
+
 CHECKS = (
     _check_network,
     _check_settings,
@@ -420,6 +447,7 @@ CHECKS = (
     _check_keys,
     _check_rules,
     _check_windows,
+    _check_second,
 )
 
 

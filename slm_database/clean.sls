@@ -3,6 +3,7 @@
 # slm_database:clean says so; what was kept is named at the end.
 include:
   - slm_database.check
+  - slm_database.backup.clean
   - slm_database.backend.clean
   - slm_database.database.clean
   - slm_database.role.clean
@@ -14,5 +15,4 @@ include:
   - slm_database.policy.clean
   - slm_database.package.clean
   - slm_database.record.clean
-  - slm_database.backup.clean
   - slm_database.kept

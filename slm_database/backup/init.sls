@@ -18,7 +18,7 @@ The repository knows the instance:
 Timers have a copy of the modules:
   slmdb_runner.present:
     - require:
-      - slmdb_backup: The repository knows the instance
+      - slmdb_backup: The backup engine is configured
 
 Backups are made when the schedule says so:
   slmdb_backup.scheduled:

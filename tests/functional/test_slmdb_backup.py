@@ -14,6 +14,7 @@ from tests.support import world as worlds
 REPOSITORY = Path("/var/lib/pgbackrest")
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 PILLAR = {"slm_database": {"backup": {"enabled": True}}}
+OFF = {"slm_database": {"backup": {"enabled": False}}}
 STATES = ("slmdb_backup.configured", "slmdb_backup.present", "slmdb_backup.scheduled")
 CRON = Path("/etc/cron.d/autobot-slm-backup")
 FIRST = ("slmdb_config.applied", "slmdb_access.applied", "slmdb_service.running")
@@ -60,8 +61,9 @@ def test_apply_apply_again_and_test_mode(archiving):
         assert archiving.state(state, test=True).result is True
 
 
-def test_nothing_happens_unless_it_is_enabled(server):
+def test_nothing_happens_if_it_is_not_enabled(server, minions):
     """Neither the states nor the server's configuration know of backups then."""
+    minions(OFF)
     for state in STATES:
         result = server.state(state)
         assert (result.result, result.changes) == (True, {})
@@ -229,7 +231,7 @@ def test_clean_keeps_the_repository_and_its_key(ready):
 
 def test_the_whole_formula_with_backups(bare, minions):
     """From a bare host: announced, made, and nothing left to do; then a backup."""
-    minion = minions(PILLAR)
+    minion = minions()
 
     def changed(**keywords):
         chunks = minion.call("state.apply", "slm_database", **keywords).raw.values()

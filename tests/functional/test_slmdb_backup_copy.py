@@ -125,7 +125,8 @@ def test_it_is_known_whether_there_is_one_and_whether_it_is_old(host):
     assert "cannot be read" in host.call("slmdb_backup_copy.state")["problem"]
 
 
-def test_without_backups_nothing_is_missed(server):
+def test_without_backups_nothing_is_missed(server, minions):
+    minions({"slm_database": {"backup": {"enabled": False}}})
     assert server.call("slmdb_backup_copy.state")["problem"] is None
 
 

@@ -198,7 +198,8 @@ def test_a_database_that_is_missing_is_an_error(host):
     assert not DUMPS.exists()
 
 
-def test_without_backups_there_are_no_dumps(server):
+def test_without_backups_there_are_no_dumps(server, minions):
+    minions({"slm_database": {"backup": {"enabled": False}}})
     with pytest.raises(SaltInvocationError, match="backup:enabled"):
         server.call("slmdb_backup.dump")
     assert server.call("slmdb_backup.dumps") == []

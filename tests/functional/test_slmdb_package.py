@@ -13,9 +13,11 @@ def host(bare, minions):
 
 
 def test_the_distribution_s_packages_are_wanted(host):
-    """On Debian 12: server, client and contrib of PostgreSQL 15."""
+    """On Debian 12: server, client and contrib of PostgreSQL 15, and what makes backups."""
     wanted = ["postgresql-15", "postgresql-client-15", "postgresql-contrib"]
-    assert host().call("slmdb_package.names") == wanted
+    assert host().call("slmdb_package.names") == [*wanted, "pgbackrest"]
+    without = host({"slm_database": {"backup": {"enabled": False}}})
+    assert without.call("slmdb_package.names") == wanted
 
 
 def test_what_is_installed_is_left_alone(host):

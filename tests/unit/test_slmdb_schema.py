@@ -28,7 +28,9 @@ def _load(name):
 
 DEFAULTS = yaml.safe_load((sls.CHECKOUT / "slm_database" / "defaults.yaml").read_text())
 EXAMPLE_TEXT = (sls.CHECKOUT / "pillar.example").read_text()
-KINDS, SCHEMA, WINDOW = (_load(f"slmdb_{noun}") for noun in ("kinds", "schema", "window"))
+KINDS, SCHEMA, WINDOW, REPOSITORY = (
+    _load(f"slmdb_{noun}") for noun in ("kinds", "schema", "window", "backup_repository")
+)
 
 
 def _default(*keys):
@@ -39,6 +41,7 @@ def _default(*keys):
 
 
 SCHEMA.__salt__ = {
+    "slmdb_backup_repository.problems": REPOSITORY.problems,
     "slmdb_kinds.mistake": KINDS.mistake,
     "slmdb_kinds.show": KINDS.show,
     "slmdb_pillar.settings": lambda: DEFAULTS,
@@ -66,6 +69,29 @@ RULE = {
 def _rule(**changed):
     rule = {**RULE, **changed}
     return {"hba": {"before": [{key: value for key, value in rule.items() if value is not None}]}}
+
+
+S3 = {
+    "type": "s3",
+    "path": "/slm",
+    "bucket": "slm-backups",
+    "endpoint": "s3.example.net",
+    "region": "eu-central-1",
+    "key_pillar": "vault:key",
+    "secret_pillar": "vault:secret",
+}
+SFTP = {
+    "type": "sftp",
+    "path": "/slm",
+    "host": "sftp.example.net",
+    "user": "slm",
+    "private_key_file": "/var/lib/postgresql/.ssh/id_ed25519",
+    "host_key_hash_type": "sha256",
+}
+
+
+def _second(**told):
+    return {"backup": {"second": told}}
 
 
 def _settled(schema: Any, path: str = "") -> set[str]:
@@ -228,6 +254,47 @@ WRONG = [
     ({"health": {"timeout": 0}}, "health:timeout", "0", "0.1 to 60"),
     ({"backend": {"unit": "x.service"}}, "backend:unit", '"x.service"', "without .service"),
     ({"clean": {"data": "no"}}, "clean:data", '"no"', "true or false"),
+    ({"backup": {"limits": {"wal": "1w"}}}, "backup:limits:wal", '"1w"', "90m, 2h or 1d"),
+    ({"backup": {"limits": {"wol": "1h"}}}, "backup:limits:wol", "", "did you mean wal?"),
+    (_second(type="nfs"), "backup:second:type", '"nfs"', "path, s3, sftp, host"),
+    (_second(path="/mnt"), "backup:second:type", "missing", "path, s3, sftp, host"),
+    (_second(type="path"), "backup:second:path", "missing", "type path needs it"),
+    (_second(**{**S3, "key_pillar": "a key"}), "backup:second:key_pillar", "text", "never the"),
+    (
+        _second(**{**S3, "secret_pillar": None}),
+        "backup:second:secret_pillar",
+        "missing",
+        "s3 needs it",
+    ),
+    (
+        _second(**{**S3, "endpoint": "https://s3"}),
+        "backup:second:endpoint",
+        '"https://s3"',
+        "a scheme",
+    ),
+    (_second(**{**S3, "bucket": "A_B"}), "backup:second:bucket", '"A_B"', "lower-case"),
+    (_second(**S3, user="x"), "backup:second:user", "", "means nothing to type s3"),
+    (_second(**S3, uri_style="dns"), "backup:second:uri_style", '"dns"', "host, path"),
+    (_second(**SFTP, port=0), "backup:second:port", "0", "1 to 65535"),
+    (
+        _second(**{**SFTP, "private_key_file": "k"}),
+        "backup:second:private_key_file",
+        '"k"',
+        "with /",
+    ),
+    (
+        _second(**{**SFTP, "host_key_hash_type": "crc"}),
+        "backup:second:host_key_hash_type",
+        '"crc"',
+        "md5",
+    ),
+    (_second(type="host", host="h"), "backup:second:user", "missing", "type host needs it"),
+    (
+        _second(type="path", path="/var/lib/pgbackrest/x"),
+        "backup:second:path",
+        "overlaps slm_database:backup:path",
+        "choose another",
+    ),
 ]
 
 
@@ -271,6 +338,12 @@ RIGHT = [
     {"maintenance": {"windows": ["Sun 02:00-04:00", "Mon-Fri 23:00-01:00", "daily 03:00-24:00"]}},
     {"adopt": {"credentials_file": "/etc/autobot/db-credentials.env"}},
     {"secret": {"rotate_every": "90d", "rotate_backend": "none", "mode": "0600"}},
+    {"backup": {"limits": {"backup": "26h", "wal": "90m", "proven_restore": "15d"}}},
+    _second(**S3),
+    _second(**S3, uri_style="path", verify_tls=False, ca_file="/etc/ssl/own.pem", port=9000),
+    _second(**SFTP),
+    _second(type="path", path="/mnt/backups", encryption=False, retention={"full": 4}),
+    _second(type="host", host="10.0.0.9", user="pgbackrest", port=2222),
 ]
 
 

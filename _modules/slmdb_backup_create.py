@@ -1,0 +1,180 @@
+"""
+Backups, made and verified in every repository, one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import Any
+
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+__virtualname__ = "slmdb_backup_create"
+
+TYPES = {"full": "full", "differential": "diff", "incremental": "incr"}
+# A backup is seldom larger than the last one of its kind, but it may be.
+MARGIN = 1.2
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"repository {row['repository']} ({row['where']})"
+
+
+def create(wanted: str) -> dict[str, Any]:
+    """
+    Make a backup in every repository.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_create.create full
+
+    wanted
+        ``full``, ``differential`` or ``incremental``.
+
+    Returns the one of the first repository as ``slmdb_backup.list`` has it, and ``others``. Raises
+    ``SaltInvocationError`` for another type; ``CommandExecutionError`` that names each repository
+    that failed, and what was made in the others.
+    """
+    if wanted not in TYPES:
+        raise SaltInvocationError(
+            f"type: {wanted!r} is not a type of backup; allowed: {', '.join(TYPES)}"
+        )
+    __salt__["slmdb_backup.refuse_parked"]()
+    repositories = __salt__["slmdb_backup_repository.described"]()
+    if len(repositories) == 1:
+        # Of several each is asked for itself by its backup: a dead one is not in the others' way.
+        __salt__["slmdb_backup.settle"]()
+    made, failed = [], []
+    for row in repositories:
+        try:
+            made.append(_one(row, wanted))
+        except CommandExecutionError as err:
+            if len(repositories) == 1:
+                raise
+            failed.append(f"{_name(row)}: {err}")
+    if failed:
+        done = [f"repository {row['repository']} has {row['label']}" for row in made]
+        raise CommandExecutionError("; ".join(failed + done))
+    return {**made[0], "others": made[1:]}
+
+
+def _one(repository: dict[str, Any], wanted: str) -> dict[str, Any]:
+    number = repository["repository"]
+    before = __salt__["slmdb_backup.rows"](number)
+    full = [row for row in before if row["type"] == "full"]
+    if repository["local"]:
+        _refuse_without_room(repository, wanted if full else "full", before)
+    seconds = __salt__["slmdb_backup_progress.run"]("backup", number, f"--type={TYPES[wanted]}")
+    labels = {row["label"] for row in before}
+    new = [row for row in __salt__["slmdb_backup.rows"](number) if row["label"] not in labels]
+    if not new:
+        raise CommandExecutionError("pgbackrest backup: it said yes but no new backup is listed")
+    size = new[-1]["repository_bytes"]
+    __salt__["slmdb_backup_progress.tell"](
+        "backup", number, "done", label=new[-1]["label"], bytes=size, seconds=seconds
+    )
+    return new[-1]
+
+
+def free(path: str) -> int | None:
+    """
+    Return the bytes that are free at a path.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_create.free /var/lib/pgbackrest
+
+    path
+        A directory; ``None`` comes back if there is none.
+    """
+    try:
+        seen = os.statvfs(path)
+    except OSError:
+        return None
+    return seen.f_bavail * seen.f_frsize
+
+
+def _refuse_without_room(
+    repository: dict[str, Any], wanted: str, before: list[dict[str, Any]]
+) -> None:
+    """Compare the free space with the last backup of the kind, else with all of the data."""
+    path = repository["path"]
+    left = free(path)
+    same = [row["repository_bytes"] for row in before if row["type"] == wanted]
+    if same:
+        needed = int(same[-1] * MARGIN)
+    else:
+        rows = __salt__["slmdb_server.query"](
+            "SELECT sum(pg_database_size(oid))::bigint AS bytes FROM pg_database"
+        )
+        # Compressed it is smaller, but that is known only afterwards.
+        needed = rows[0]["bytes"] // 2 if wanted == "full" else 0
+    if left is not None and left < needed:
+        second = "second:" if repository["repository"] == 2 else ""
+        raise CommandExecutionError(
+            f"slm_database:backup:{second}path: {path} has {left // 1024**2} MiB free, the next "
+            f"{wanted} backup needs about {needed // 1024**2} MiB; make room, or lower "
+            f"backup:{second}retention"
+        )
+
+
+def verify() -> dict[str, Any]:
+    """
+    Read every file of every repository and compare it with its checksum.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_create.verify
+
+    Returns ``right``, ``problems`` and ``report``, as ``slmdb_backup.verify`` does, and remembers
+    it for health. Raises nothing.
+    """
+    problems, texts = [], []
+    repositories = __salt__["slmdb_backup_repository.described"]()
+    for row in repositories:
+        found, text = _verify(row["repository"])
+        prefix = f"{_name(row)}: " if len(repositories) > 1 else ""
+        problems += [f"{prefix}{line}" for line in found]
+        texts.append(text.strip())
+    __salt__["slmdb_backup_health.verified"](problems)
+    return {"right": not problems, "problems": problems, "report": "\n".join(texts)}
+
+
+def _verify(number: int) -> tuple[list[str], str]:
+    tell = __salt__["slmdb_backup_progress.tell"]
+    begun = time.monotonic()
+    tell("verify", number, "begun")
+    options = [f"--repo={number}", "--output=text", "--verbose"]
+    try:
+        text = __salt__["slmdb_pgbackrest.run"]("verify", *options)
+        found = _wrong(text)
+    except CommandExecutionError as err:
+        text, found = "", [str(err)]
+    state = "failed" if found else "done"
+    tell("verify", number, state, seconds=round(time.monotonic() - begun, 1), problems=len(found))
+    return found, text
+
+
+def _wrong(text: str) -> list[str]:
+    """The lines of a report that count something missing or invalid."""
+    found, part = [], ""
+    for line in text.splitlines():
+        heading = re.match(r"\s*(archiveId|backup): ([^,]+)", line)
+        if heading:
+            part = f"{heading[1]} {heading[2]}"
+        trouble = re.findall(r"((?:missing|checksum invalid|size invalid|other): [1-9]\d*)", line)
+        if trouble or re.search(r"status: (?:invalid|in-progress)|ERROR", line):
+            found.append(f"{part}: {line.strip()}".lstrip(": "))
+    return found

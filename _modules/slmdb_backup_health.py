@@ -1,0 +1,433 @@
+"""
+How the backups are, from what lies on the host: pgBackRest is never started for it.
+
+The list of a local repository is read from its directories, and what was done, refused or lost from
+the logs that pgBackRest itself writes here. Only of a repository host it is remembered what it said
+last, and when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+__virtualname__ = "slmdb_backup_health"
+
+SINCE = "/var/lib/autobot-slm-database/backups-since"
+VERIFIED = "/var/lib/autobot-slm-database/verified.json"
+ANSWERED = "/var/lib/autobot-slm-database/repository-2.json"
+# As much of a log as a week of backups, or a night of failures, writes.
+TAIL = 256 * 1024
+PATIENCE = 0.5
+SECONDS = {"m": 60, "h": 3600, "d": 86400}
+LABEL = re.compile(r"\d{8}-\d{6}F(?:_\d{8}-\d{6}[DI])?")
+_STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ P\d+ +[A-Z]+: (.*)")
+_DROPPED = re.compile(r"dropped WAL file '(?:.*/)?([0-9A-F]{24})")
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Say how the backups are.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_health.facts None
+
+    archiver
+        The row of ``pg_stat_archiver`` that the report's query has; ``None``: not known.
+
+    Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
+    ``repository``, ``where``, ``local``, ``there``, ``backups``, ``last`` and ``failed``), ``wal``
+    (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``),
+    ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
+    ``CommandExecutionError`` if the settings cannot be told.
+    """
+    if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
+        return {"enabled": False}
+    runs, described = _runs(), __salt__["slmdb_backup_repository.described"]()
+    logged = [row["repository"] for row in described if row["type"] != "host"]
+    return {
+        "enabled": True,
+        "since": _moment(_since()),
+        "repositories": [_repository(row, runs) for row in described],
+        "wal": _wal(archiver or {}, runs, logged),
+        "verified": _verified(),
+        "drill": __salt__["slmdb_backup_drill.last"](),
+        "copy": __salt__["slmdb_backup_copy.state"](),
+    }
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _since() -> float | None:
+    """When the first apply with backups was."""
+    try:
+        return float(__salt__["slmdb_file.read"](SINCE) or b"")
+    except ValueError:
+        return None
+
+
+def _tail(path: str) -> str:
+    """The end of a log, and of the one before it: logrotate may have emptied it an hour ago."""
+    text = b""
+    for one in (f"{path}.1", path):
+        with contextlib.suppress(OSError), open(one, "rb") as stream:
+            stream.seek(max(os.fstat(stream.fileno()).st_size - TAIL, 0))
+            text += stream.read()
+    return text.decode(errors="replace")
+
+
+def _runs() -> list[dict[str, Any]]:
+    """Every backup that pgBackRest's log tells of, oldest first, complete or failed."""
+    runs: list[dict[str, Any]] = []
+    for line in _tail(f"{__salt__['slmdb_pgbackrest.logs']()}-backup.log").splitlines():
+        match = _STAMP.match(line)
+        if not match:
+            if runs and runs[-1].get("reason", "").endswith(":"):
+                runs[-1]["reason"] += f" {line.strip()}"
+            continue
+        stamp, words = match.groups()
+        if words.startswith("backup command begin"):
+            repository = re.search(r"--repo=(\d+)", words)
+            runs.append({"repository": int(repository[1]) if repository else 1, "done": False})
+        if runs:
+            _note(runs[-1], time.mktime(time.strptime(stamp, "%Y-%m-%d %H:%M:%S")), words)
+    return runs
+
+
+def _note(run: dict[str, Any], at: float, words: str) -> None:
+    """Add what one line of the log says of a backup."""
+    for key, pattern in (
+        ("label", r"new backup label = (\S+)"),
+        ("wal", r"backup start archive = ([0-9A-F]{24})"),
+        ("reason", r"\[\d+\]: (.*)"),
+    ):
+        found = re.match(pattern, words)
+        if found:
+            run[key] = found[1]
+    if words.startswith("invalid page checksum"):
+        run["damaged"] = True
+    if words.startswith("backup command end"):
+        run.update(at=at, done="completed successfully" in words)
+
+
+def _repository(row: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A repository with its last backup, and the attempt that failed since."""
+    number = row["repository"]
+    ours = [run for run in runs if run["repository"] == number and "at" in run]
+    made = [run for run in ours if run["done"] and "label" in run]
+    answer = {**row, "there": None, "backups": None, "last": None, "failed": None}
+    if row["local"]:
+        answer.update(_listed(row["path"], {run["label"]: run for run in made}))
+    elif row["type"] == "host":
+        answer.update(_answered())
+    elif made:
+        answer["last"] = _last(made[-1]["label"], made[-1]["at"], made[-1])
+    if ours and not ours[-1]["done"]:
+        reason = ours[-1].get("reason", "it was ended")
+        answer["failed"] = {"at": _moment(ours[-1]["at"]), "reason": reason}
+    return answer
+
+
+def _answered() -> dict[str, Any]:
+    """What a repository host said when it was asked last; it makes its backups itself."""
+    try:
+        told = json.loads(__salt__["slmdb_file.read"](ANSWERED) or b"null")
+    except ValueError:
+        told = None
+    if not told:
+        return {}
+    return {
+        "asked_seconds": max(int(time.time() - told["asked"]), 0),
+        "last": _last(told["label"], told["at"], told) if told["label"] else None,
+    }
+
+
+def answered(backups: list[dict[str, Any]]) -> None:
+    """
+    Remember what a repository host says of its backups.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_health.answered '[]'
+
+    backups
+        pgBackRest's own rows.
+    """
+    last = max(backups, key=lambda row: row["timestamp"]["stop"], default=None)
+    told = {
+        "asked": time.time(),
+        "label": last["label"] if last else None,
+        "at": last["timestamp"]["stop"] if last else None,
+        "damaged": bool(last and last.get("error")),
+    }
+    __salt__["slmdb_file.write"](ANSWERED, (json.dumps(told) + "\n").encode(), mode="0640")
+
+
+def _last(label: str, at: float, run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "label": label,
+        "at": _moment(at),
+        "age_seconds": max(int(time.time() - at), 0),
+        "damaged": run.get("damaged", False),
+    }
+
+
+def _look(directory: str, found: dict[str, Any]) -> None:
+    """Read a directory of backups; one is complete once its manifest is there."""
+    complete = {}
+    try:
+        found["there"] = os.path.exists(f"{directory}/backup.info")
+        for name in os.listdir(directory):
+            if LABEL.fullmatch(name):
+                with contextlib.suppress(OSError):
+                    complete[name] = os.stat(f"{directory}/{name}/backup.manifest").st_mtime
+    except OSError:
+        found["there"] = False
+    found["complete"] = complete
+
+
+def _listed(path: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the directories of a repository say; a mount that hangs is as good as none."""
+    found: dict[str, Any] = {}
+    directory = f"{path}/backup/{__salt__['slmdb_pgbackrest.stanza']()}"
+    look = threading.Thread(target=_look, args=(directory, found), daemon=True)
+    look.start()
+    look.join(PATIENCE)
+    if "complete" not in found:
+        return {"there": False}
+    complete = found["complete"]
+    last = max(complete, key=lambda name: complete[name], default=None)
+    return {
+        "there": found["there"],
+        "backups": len(complete),
+        "last": _last(last, complete[last], runs.get(last, {})) if last else None,
+    }
+
+
+def _wal(
+    archiver: dict[str, Any], runs: list[dict[str, Any]], numbers: list[int]
+) -> dict[str, Any]:
+    """What is archived, what waits, and why; ``gap`` is a segment that no later backup covers."""
+    failed, archived = archiver.get("failed_at"), archiver.get("archived_at")
+    failing = failed is not None and (archived is None or failed > archived)
+    text = _tail(f"{__salt__['slmdb_pgbackrest.logs']()}-archive-push.log")
+    dropped, reasons = _DROPPED.findall(text), __salt__["slmdb_pgbackrest.errors"](text)
+    covered: dict[int, str] = {}
+    for run in runs:
+        if run["done"] and "wal" in run:
+            covered[run["repository"]] = max(run["wal"], covered.get(run["repository"], ""))
+    gap = max(dropped, default=None)
+    bare = [number for number in numbers if covered.get(number, "") <= (gap or "")]
+    return {
+        "mode": archiver.get("mode"),
+        "archived": archiver.get("archived"),
+        "archived_at": _moment(archived),
+        "waiting_seconds": _waiting(),
+        "failing": {"wal": archiver["failed"], "since": _moment(_ready(archiver["failed"]))}
+        if failing
+        else None,
+        "reason": reasons[-1] if failing and reasons else None,
+        "gap": gap if bare else None,
+    }
+
+
+def _status() -> str:
+    found = __salt__["slmdb_instance.facts"]()
+    return os.path.join(found["data_directory"], "pg_wal", "archive_status")
+
+
+def _ready(segment: str) -> float | None:
+    """Since when a segment waits."""
+    try:
+        return os.stat(os.path.join(_status(), f"{segment}.ready")).st_mtime
+    except OSError:
+        return None
+
+
+def _waiting() -> int | None:
+    """For how long the oldest segment waits to be archived; an idle server has none."""
+    try:
+        with os.scandir(_status()) as entries:
+            moments = [one.stat().st_mtime for one in entries if one.name.endswith(".ready")]
+    except OSError:
+        return None
+    return max(int(time.time() - min(moments)), 0) if moments else None
+
+
+def _verified() -> dict[str, Any] | None:
+    try:
+        return json.loads(__salt__["slmdb_file.read"](VERIFIED) or b"null")
+    except ValueError:
+        return None
+
+
+def verified(problems: list[str]) -> None:
+    """
+    Remember what a verify found.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_health.verified '[]'
+
+    problems
+        One line each; empty if the repositories are right.
+    """
+    told = {"at": _moment(time.time()), "right": not problems, "problems": problems[:20]}
+    __salt__["slmdb_file.write"](VERIFIED, (json.dumps(told) + "\n").encode(), mode="0640")
+
+
+def judge(found: dict[str, Any], settings: dict[str, Any], now: float) -> dict[str, list[str]]:
+    """
+    Say what is wrong with the backups, and what is only worth knowing.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_health.judge '{"enabled": false}' '{}' 0
+
+    found
+        As ``facts`` gives it; empty if it could not be read.
+    settings
+        ``backup`` from pillar.
+    now
+        Seconds since the epoch.
+
+    Returns ``problems`` and ``warnings``, lists of one line each. Raises nothing.
+    """
+    problems: list[str] = []
+    warnings: list[str] = []
+    if not found:
+        return {"problems": problems, "warnings": warnings}
+    began = _seconds(found.get("since"))
+    if not found["enabled"]:
+        warnings.append("there are no backups: slm_database:backup:enabled is false")
+    elif began is None:
+        warnings.append("backups are not set up yet; state.apply slm_database.backup does it")
+    else:
+        _judge(found, settings["limits"], now, began, problems, warnings)
+    return {"problems": problems, "warnings": warnings}
+
+
+def _judge(
+    found: dict[str, Any],
+    limits: dict[str, str],
+    now: float,
+    began: float,
+    problems: list[str],
+    warnings: list[str],
+) -> None:
+    for part in (
+        *(_backup(row, limits, now - began) for row in found["repositories"]),
+        _archive(found["wal"], limits),
+        _proof(found, limits, now, began),
+    ):
+        for grave, line in part:
+            (problems if grave else warnings).append(line)
+    if found["copy"]["problem"]:
+        warnings.append(found["copy"]["problem"])
+    if len(found["repositories"]) == 1:
+        warnings.append(
+            "backups are only local: a lost host loses them; slm_database:backup:second names a "
+            "second repository"
+        )
+
+
+def _seconds(moment: str | None) -> float | None:
+    if not moment:
+        return None
+    text = moment.replace("Z", "+00:00")
+    return datetime.fromisoformat(text).timestamp()
+
+
+def _limit(text: str) -> int:
+    return int(text[:-1]) * SECONDS[text[-1]]
+
+
+def _words(seconds: float) -> str:
+    """A length of time, as people say it."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator[tuple[bool, str]]:
+    """One repository: whether it is there, and how old its last backup is."""
+    name = f"repository {row['repository']} ({row['where']})"
+    limit, last = limits["backup"], row["last"]
+    if row["there"] is False:
+        yield True, f"{name} is not there; bring it back, or state.apply slm_database.backup"
+    elif last is None:
+        late = age > _limit(limit)
+        since = f" for {_words(age)}, limit {limit}" if late else ""
+        yield late, f"{name}: no backup yet{since}; slmdb_backup.create makes one"
+    elif last["age_seconds"] > _limit(limit):
+        old = _words(last["age_seconds"])
+        yield True, f"{name}: the last backup, {last['label']}, is {old} old, limit {limit}"
+    asked = row.get("asked_seconds")
+    if asked is not None and asked > _limit(limit):
+        yield False, f"{name} was asked {_words(asked)} ago; slmdb_backup.info asks it"
+    if last and last["damaged"]:
+        yield True, f"{name}: backup {last['label']} holds pages whose checksum is wrong"
+    if row["failed"]:
+        failed = row["failed"]
+        yield False, f"{name}: the backup of {failed['at']} failed: {failed['reason']}"
+
+
+def _archive(wal: dict[str, Any], limits: dict[str, str]) -> Iterator[tuple[bool, str]]:
+    if wal["mode"] == "off":
+        yield False, "the server does not archive its WAL yet: archive_mode waits for a restart"
+    waits, limit = wal["waiting_seconds"], limits["wal"]
+    late = waits is not None and waits > _limit(limit)
+    if wal["failing"]:
+        failing = wal["failing"]
+        since = f" since {failing['since']}" if failing["since"] else ""
+        why = f": {wal['reason']}" if wal["reason"] else ""
+        yield late, f"WAL segment {failing['wal']} cannot be archived{since}{why}"
+    elif late:
+        yield True, f"WAL waits for {_words(waits)} to be archived, limit {limit}"
+    if wal["gap"]:
+        yield (
+            True,
+            f"the archived WAL has a gap at {wal['gap']}: slm_database:backup:queue_limit was "
+            "reached; nothing after it can be restored until slmdb_backup.create full",
+        )
+
+
+def _proof(
+    found: dict[str, Any], limits: dict[str, str], now: float, began: float
+) -> Iterator[tuple[bool, str]]:
+    """What verify and the drill said."""
+    verified, last = found["verified"], found["drill"]["last"]
+    if verified and not verified["right"]:
+        yield True, f"verify of {verified['at']} found: {'; '.join(verified['problems'][:3])}"
+    if last and not last["proven"]:
+        why = "; ".join(last["problems"][:3]) or "it did not end"
+        yield True, f"the restore drill of {last['at']} failed: {why}"
+    proven, limit = found["drill"]["proven"], limits["proven_restore"]
+    age = now - ((proven and _seconds(proven["at"])) or began)
+    if age > _limit(limit):
+        what = "the last proven restore is" if proven else "no restore was proven for"
+        old = " old" if proven else ""
+        yield True, f"{what} {_words(age)}{old}, limit {limit}; slmdb_backup.drill makes one"

@@ -1,0 +1,238 @@
+"""What health says of backups: from what lies on the host, whatever happened behind its back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from salt.exceptions import CommandExecutionError
+
+from tests.functional.test_slm_database import begin_applied
+from tests.support import world as worlds
+
+REPOSITORY = Path("/var/lib/pgbackrest")
+BACKUPS = REPOSITORY / "backup/autobot-slm"
+KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
+SINCE = Path("/var/lib/autobot-slm-database/backups-since")
+STATUS = Path("/var/lib/postgresql/15/main/pg_wal/archive_status")
+QUEUE = {"slm_database": {"backup": {"queue_limit": "32MB"}}}
+
+
+@pytest.fixture
+def host(minions):
+    """A host to which the formula was applied with an empty pillar, its server running."""
+    begin_applied(minions)
+    minion = minions()
+    minion.call("slmdb_service.start")
+    yield minion
+    minion.call("slmdb_server.forget")
+
+
+@pytest.fixture
+def backed_up(host, minions):
+    """The same with one backup; made once, and kept."""
+    if "with a backup" not in worlds.STATE["snapshots"]:
+        host.call("slmdb_backup.create")
+        host.call("slmdb_server.forget")
+        host.call("slmdb_service.stop")
+        worlds.keep("with a backup")
+    worlds.fresh("with a backup")
+    minion = minions()
+    minion.call("slmdb_service.start")
+    yield minion
+    minion.call("slmdb_server.forget")
+
+
+def ask(minion):
+    return minion.call("slmdb.health", 15)
+
+
+def said(minion, kind="problems"):
+    return " | ".join(ask(minion)[kind])
+
+
+def earlier(path, hours):
+    moment = path.stat().st_mtime - 3600 * hours
+    os.utime(path, (moment, moment))
+
+
+def long_ago(hours):
+    SINCE.write_text(f"{int(time.time() - 3600 * hours)}\n")
+
+
+@contextlib.contextmanager
+def buried(directory, mode="0777"):
+    """A disk that is full and knows nothing lies over a directory."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=64k,mode={mode}", "tmpfs", str(directory)]
+    subprocess.run(mount, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def write_wal(minion):
+    minion.call("slmdb_server.query", "SELECT pg_logical_emit_message(true, 'test', 'x')")
+    minion.call("slmdb_server.query", "SELECT pg_switch_wal()")
+
+
+def ready():
+    return sorted(path.name for path in STATUS.glob("*.ready"))
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_a_fresh_host_is_healthy_and_says_that_there_is_no_backup(host):
+    """And that, when there is one, it is only here; the limits count from the first apply."""
+    answer = ask(host)
+    assert (answer["healthy"], answer["problems"]) == (True, [])
+    warnings = " | ".join(answer["warnings"])
+    assert "repository 1 (/var/lib/pgbackrest): no backup yet; slmdb_backup.create" in warnings
+    assert "backups are only local" in warnings
+    assert answer["backup"]["wal"]["mode"] == "on"
+    long_ago(27)
+    assert "no backup yet for 27 h, limit 26h" in said(host)
+    long_ago(16 * 24)
+    assert "no restore was proven for 16 d, limit 15d" in said(host)
+
+
+def test_the_last_backup_is_told_without_asking_the_engine(backed_up):
+    """Even when nobody could: the key is away."""
+    (made,) = backed_up.call("slmdb_backup.list")
+    KEY.rename("/etc/kept-key")
+    (row,) = ask(backed_up)["backup"]["repositories"]
+    assert (row["backups"], row["last"]["label"]) == (1, made["label"])
+    assert row["last"]["at"] >= made["stopped"] and row["last"]["age_seconds"] < 3600
+    assert "no backup yet" not in said(backed_up, "warnings")
+    assert ask(backed_up)["problems"] == []
+
+
+def test_an_old_backup_is_a_problem(backed_up):
+    """Beyond the limit of pillar; the default is a day and a little."""
+    for path in BACKUPS.glob("2*/backup.manifest"):
+        earlier(path, 25)
+    assert said(backed_up) == ""
+    for path in BACKUPS.glob("2*/backup.manifest"):
+        earlier(path, 2)
+    assert "is 27 h old, limit 26h" in said(backed_up)
+    backed_up.tell({"slm_database": {"backup": {"limits": {"backup": "2d"}}}})
+    assert said(backed_up) == ""
+
+
+def test_a_backup_that_goes_behind_its_back_is_not_told_any_more(backed_up):
+    """The newest one, then all, then the repository itself."""
+    first = ask(backed_up)["backup"]["repositories"][0]["last"]["label"]
+    second = backed_up.call("slmdb_backup.create")["label"]
+    assert ask(backed_up)["backup"]["repositories"][0]["last"]["label"] == second
+    shutil.rmtree(BACKUPS / second)
+    assert ask(backed_up)["backup"]["repositories"][0]["last"]["label"] == first
+    shutil.rmtree(BACKUPS / first)
+    assert "no backup yet" in said(backed_up, "warnings")
+    with buried(REPOSITORY):
+        assert "repository 1 (/var/lib/pgbackrest) is not there" in said(backed_up)
+    assert said(backed_up) == ""
+
+
+def test_a_backup_that_failed_is_said_with_its_reason(backed_up):
+    """Until one is made."""
+    line = backed_up.call("slmdb_pgbackrest.line", "backup")
+    command = backed_up.call("slmdb_pgbackrest.command", *line)
+    with buried(REPOSITORY):
+        assert subprocess.run(command, check=False, capture_output=True).returncode
+    assert "the backup of 20" in said(backed_up, "warnings")
+    assert "failed: unable to" in said(backed_up, "warnings")
+    backed_up.call("slmdb_backup.create")
+    assert "failed" not in said(backed_up, "warnings")
+
+
+def test_a_failing_archiver_is_said_with_the_engine_s_reason(backed_up):
+    """At once as a warning, beyond the limit as a problem; an idle server waits for nothing."""
+    assert ask(backed_up)["backup"]["wal"]["waiting_seconds"] is None
+    with buried(REPOSITORY / "archive"):
+        write_wal(backed_up)
+        until(lambda: "cannot be archived" in said(backed_up, "warnings"))
+        assert "archive.info" in said(backed_up, "warnings")
+        assert said(backed_up) == ""
+        for name in ready():
+            earlier(STATUS / name, 2)
+        assert "cannot be archived since" in said(backed_up)
+    write_wal(backed_up)
+    until(lambda: not ready())
+    assert "archived" not in said(backed_up) + said(backed_up, "warnings")
+
+
+def test_a_dead_repository_does_not_fill_the_disk(host, minions):
+    """WAL stops at the limit, the server goes on, health names the gap until a full backup."""
+    minions(QUEUE)
+    assert host.state("slmdb_backup.configured").result is True
+    host.call("slmdb_backup.create")
+    with buried(REPOSITORY):
+        for _ in range(6):
+            write_wal(host)
+            time.sleep(0.2)
+        # What waits is within the limit: two segments of 16 MB.
+        until(lambda: len(ready()) <= 2)
+        assert "cannot be archived" in said(host, "warnings")
+    assert host.call("slmdb_server.available") is True
+    assert "the archived WAL has a gap at 0000000100000000" in said(host)
+    assert "slmdb_backup.create full" in said(host)
+    host.call("slmdb_backup.create", "full")
+    assert said(host) == ""
+
+
+def test_what_verify_found_stays_said_until_it_is_right(backed_up):
+    """A flipped byte, and the byte put back."""
+    files = [path for path in BACKUPS.rglob("*") if path.is_file() and "pg_data" in str(path)]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    kept = victim.read_bytes()
+    victim.write_bytes(kept[:-9] + bytes([kept[-9] ^ 1]) + kept[-8:])
+    backed_up.call("slmdb_backup.verify")
+    assert "verify of 20" in said(backed_up)
+    victim.write_bytes(kept)
+    assert backed_up.call("slmdb_backup.verify")["right"] is True
+    assert said(backed_up) == ""
+
+
+def test_switched_off_is_one_warning(host, minions):
+    """And the limits begin anew when it is switched on again."""
+    minions({"slm_database": {"backup": {"enabled": False}}})
+    assert ask(host)["backup"] == {"enabled": False}
+    assert said(host, "warnings").count("backup") == 2  # the line and its key
+    result = host.state("slmdb_backup.configured")
+    assert (result.result, list(result.changes)) == (True, [str(SINCE)])
+    assert host.state("slmdb_backup.configured").changes == {}
+
+
+def test_a_host_that_was_installed_without_it_is_parked_then_backed_up(minions):
+    """archive_mode waits; the maintenance restarts first and does not insist on a backup."""
+    worlds.fresh()
+    off = {"backup": {"enabled": False}}
+    minion = minions({"slm_database": off})
+    worlds.forget_updates()
+    assert all(one["result"] for one in minion.call("state.apply", "slm_database").raw.values())
+    started = minion.call("slmdb_instance.facts")["started"]
+    minion.tell(None)
+    states = minion.call("state.apply", "slm_database").raw.values()
+    assert [one["comment"] for one in states if one["result"] is False] == []
+    assert minion.call("slmdb_instance.facts")["started"] == started
+    answer = ask(minion)
+    assert answer["problems"] == []
+    assert "archive_mode off → on waits for a restart" in " | ".join(answer["warnings"])
+    assert "does not archive its WAL yet" in " | ".join(answer["warnings"])
+    with pytest.raises(CommandExecutionError, match="archive_mode waits for a restart"):
+        minion.call("slmdb_backup.create")
+    minion.tell({"slm_database": {"maintenance": {"approve": True}}})
+    done = minion.state("slmdb_maintenance.done")
+    assert done.result is True, done.comment
+    assert minion.call("slmdb_backup.create")["type"] == "full"
+    minion.call("slmdb_server.forget")
