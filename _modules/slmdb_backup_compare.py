@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import time
 from typing import Any
 
@@ -301,17 +300,8 @@ def check(**where: Any) -> list[str]:
     words = [f"{found['bin_directory']}/pg_amcheck", "--all", "--install-missing"]
     words += ["--heapallindexed", "--parent-check", "--no-password", "-U", found["user"]]
     words += ["-h", str(where["host"]), "-p", str(where["port"])]
-    done = subprocess.run(
-        __salt__["slmdb_pgbackrest.command"](*words),
-        cwd="/",
-        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PGOPTIONS": ""},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    if not done.returncode:
+    status, output, errors = __salt__["slmdb_program.listen"](*words, as_server=True)
+    if not status:
         return []
-    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    lines = [line.strip() for line in (output + errors).splitlines() if line.strip()]
     return [f"pg_amcheck: {line}" for line in lines[:SHOWN] or ["failed without a word"]]

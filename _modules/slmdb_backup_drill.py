@@ -290,17 +290,11 @@ def _exposed() -> float:
     if not first:
         return 0
     words = [f"{found['bin_directory']}/pg_waldump", "-p", f"{found['data_directory']}/pg_wal"]
-    done = subprocess.run(
-        __salt__["slmdb_pgbackrest.command"](*words, "-n", "20", "-r", "Transaction", first),
-        cwd="/",
-        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    match = _COMMIT.search(done.stdout)
+    words += ["-n", "20", "-r", "Transaction", first]
+    listen = __salt__["slmdb_program.listen"]
+    # It ends with an error where the WAL does.
+    _, output, _ = listen(*words, as_server=True, environment={"TZ": "UTC"})
+    match = _COMMIT.search(output)
     if not match:
         return 0
     moment = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc)

@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -214,40 +213,15 @@ def _sync(path: str) -> None:
 def _run(program: str, *options: str) -> None:
     """Run a program of the server's major as the server's user, at low priority."""
     found = __salt__["slmdb_instance.facts"]()
-    words = [*LOW_PRIORITY, os.path.join(found["bin_directory"], program), *options]
-    environment = {
-        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-        "LC_ALL": "C.UTF-8",
+    libpq = {
         "PGHOST": found["socket_directory"],
         "PGPORT": str(found["port"]),
         "PGUSER": found["user"],
         "PGPASSFILE": "/nonexistent",
         "PGAPPNAME": "slmdb",
     }
-    try:
-        done = subprocess.run(
-            __salt__["slmdb_pgbackrest.command"](*words),
-            cwd="/",
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            umask=0o027,
-            check=False,
-        )
-    except OSError as err:
-        raise CommandExecutionError(f"{program} cannot be run: {err.strerror}") from err
-    if done.returncode:
-        raise CommandExecutionError(f"{program}: {_why(done.stderr, done.returncode)}")
-
-
-def _why(text: str, status: int) -> str:
-    """The server's own words where it said any, else the program's first error."""
-    found = re.search(r"(?:ERROR|FATAL): *(.+)", text) or re.search(r"error: *(.+)", text)
-    if found:
-        return found[1]
-    return (text.strip().splitlines() or [f"ended with {status}"])[-1]
+    how = {"as_server": True, "before": LOW_PRIORITY, "umask": 0o027, "environment": libpq}
+    __salt__["slmdb_program.run"](os.path.join(found["bin_directory"], program), *options, **how)
 
 
 def _remove_old() -> list[str]:

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -137,15 +136,15 @@ def apply() -> None:
 def _own(path: str, user: str) -> None:
     """A repository that was carried here may have the numbers of another host's accounts."""
     foreign = ["find", path, "!", "-user", user, "-print", "-quit"]
-    if os.path.isdir(path) and _run(foreign):
-        _run(["chown", "--recursive", "--no-dereference", f"{user}:{user}", path])
+    if os.path.isdir(path) and _run(*foreign):
+        _run("chown", "--recursive", "--no-dereference", f"{user}:{user}", path)
 
 
 def _share_keys(user: str) -> None:
     """The keys were brought by root, perhaps for root alone; the server's user has to read them."""
     if os.path.isdir(KEYS):
-        _run(["chown", "--recursive", "--no-dereference", f"root:{user}", KEYS])
-        _run(["chmod", "--recursive", "u=rwX,g=rX,o=", KEYS])
+        _run("chown", "--recursive", "--no-dereference", f"root:{user}", KEYS)
+        _run("chmod", "--recursive", "u=rwX,g=rX,o=", KEYS)
 
 
 def _newest() -> dict[str, Any]:
@@ -206,7 +205,7 @@ def _register(found: dict[str, Any]) -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     command = ["pg_createcluster", "-d", data, "--port", str(_get("port")), "--start-conf", "auto"]
-    _run([*command, found["version"], found["name"]])
+    _run(*command, found["version"], found["name"])
 
 
 def _replay() -> None:
@@ -241,22 +240,8 @@ def _stop(found: dict[str, Any]) -> None:
 
 
 def _as_server(*words: str) -> None:
-    _run(__salt__["slmdb_pgbackrest.command"](*words))
+    _run(*words, as_server=True)
 
 
-def _run(words: list[str]) -> str:
-    environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C.UTF-8"}
-    done = subprocess.run(
-        words,
-        cwd="/",
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise CommandExecutionError(f"{os.path.basename(words[0])}: {lines[-1]}")
-    return done.stdout.strip()
+def _run(*words: str, as_server: bool = False) -> str:
+    return __salt__["slmdb_program.run"](*words, as_server=as_server)

@@ -1,0 +1,108 @@
+"""
+Programs that are run beside Salt: with an environment of their own, never by a shell, and with one
+line of why if they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_program"
+
+# What the server said counts more than what a program makes of it.
+_ERRORS = (re.compile(r"(?:ERROR|FATAL): *(.+)"), re.compile(r"error: *(.+)"))
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def listen(
+    *words: str,
+    as_server: bool = False,
+    before: Sequence[str] = (),
+    umask: int = -1,
+    environment: dict[str, str] | None = None,
+) -> tuple[int, str, str]:
+    """
+    Run a program to its end, whatever that is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_program.listen /usr/bin/id as_server=True
+
+    words
+        The program and its arguments.
+    as_server
+        Whether it runs as the server's user, and ends with us; else as whoever runs Salt.
+    before
+        Words that start it with another priority, say.
+    umask
+        Its mask of permissions; -1: ours.
+    environment
+        What it needs besides the path and a language that everybody reads.
+
+    Returns its status, and what it wrote to its output and as errors. Raises
+    ``CommandExecutionError`` if it cannot be run.
+    """
+    line = [*before, *words]
+    if as_server:
+        line = __salt__["slmdb_pgbackrest.command"](*line)
+    path = os.environ.get("PATH", "/usr/bin:/bin")
+    try:
+        done = subprocess.run(
+            line,
+            cwd="/",
+            env={"PATH": path, "LC_ALL": "C.UTF-8", **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            umask=umask,
+            check=False,
+        )
+    except OSError as err:
+        raise CommandExecutionError(f"{words[0]} cannot be run: {err.strerror}") from err
+    return done.returncode, done.stdout, done.stderr
+
+
+def run(*words: str, **how: Any) -> str:
+    """
+    Run a program that has to do well.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_program.run /usr/bin/id as_server=True
+
+    words
+        The program and its arguments.
+    how
+        As for ``listen``.
+
+    Returns its output, without the space around it. Raises ``CommandExecutionError`` with its first
+    error in one line if it fails, or cannot be run.
+    """
+    status, output, errors = listen(*words, **how)
+    if status:
+        name = os.path.basename(words[0])
+        raise CommandExecutionError(f"{name}: {_why(errors or output, status)}")
+    return output.strip()
+
+
+def _why(text: str, status: int) -> str:
+    """The first error, else the last line there is."""
+    for pattern in _ERRORS:
+        found = pattern.search(text)
+        if found:
+            return found[1]
+    return (text.strip().splitlines() or [f"ended with {status}"])[-1]
