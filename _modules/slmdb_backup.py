@@ -142,7 +142,7 @@ def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
     lock = found["status"].get("lock", {}).get("backup", {})
     done, size = lock.get("size-cplt"), lock.get("size")
     archive = found["archive"][-1] if found["archive"] else {}
-    free = __salt__["slmdb_backup_create.free"]
+    free = __salt__["slmdb_disk.free"]
     return {
         "repository": number,
         "where": repository["where"],

@@ -4,7 +4,6 @@ Backups, made and verified in every repository, one after the other.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from typing import Any
@@ -84,32 +83,10 @@ def _one(repository: dict[str, Any], wanted: str) -> dict[str, Any]:
     return new[-1]
 
 
-def free(path: str) -> int | None:
-    """
-    Return the bytes that are free at a path.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_backup_create.free /var/lib/pgbackrest
-
-    path
-        A directory; ``None`` comes back if there is none.
-    """
-    try:
-        seen = os.statvfs(path)
-    except OSError:
-        return None
-    return seen.f_bavail * seen.f_frsize
-
-
 def _refuse_without_room(
     repository: dict[str, Any], wanted: str, before: list[dict[str, Any]]
 ) -> None:
     """Compare the free space with the last backup of the kind, else with all of the data."""
-    path = repository["path"]
-    left = free(path)
     same = [row["repository_bytes"] for row in before if row["type"] == wanted]
     if same:
         needed = int(same[-1] * MARGIN)
@@ -119,13 +96,14 @@ def _refuse_without_room(
         )
         # Compressed it is smaller, but that is known only afterwards.
         needed = rows[0]["bytes"] // 2 if wanted == "full" else 0
-    if left is not None and left < needed:
-        second = "second:" if repository["repository"] == 2 else ""
-        raise CommandExecutionError(
-            f"slm_database:backup:{second}path: {path} has {left // 1024**2} MiB free, the next "
-            f"{wanted} backup needs about {needed // 1024**2} MiB; make room, or lower "
-            f"backup:{second}retention"
-        )
+    second = "second:" if repository["repository"] == 2 else ""
+    __salt__["slmdb_disk.refuse"](
+        repository["path"],
+        f"the next {wanted} backup",
+        needed,
+        advice=f"make room, or lower backup:{second}retention",
+        key=f"slm_database:backup:{second}path",
+    )
 
 
 def verify() -> dict[str, Any]:

@@ -26,6 +26,7 @@ RECORD = "/var/lib/autobot-slm-database/drill.json"
 # Held while a drill runs; names the directory in use, for whoever cleans up after a kill.
 LOCK = "/var/lib/autobot-slm-database/drill.lock"
 SHOWN = 20
+MARGIN = 1.1
 PATIENCE = 10
 UNARCHIVED = """
 SELECT min(name) AS wal
@@ -43,29 +44,21 @@ def __virtual__() -> str:
 class _Bound(threading.Thread):
     """Ends the drill's own processes when the disk would hold less than must stay free."""
 
-    def __init__(self, directory: str, least: int, end: Any) -> None:
+    def __init__(self, directory: str, least: int) -> None:
         super().__init__(daemon=True)
-        self.directory, self.least, self.end_them = directory, least, end
+        self.directory, self.least = directory, least
+        self.free, self.end_them = __salt__["slmdb_disk.free"], __salt__["slmdb_backup_scratch.end"]
         self.over, self.crossed = threading.Event(), False
 
     def run(self) -> None:
         while not self.over.wait(0.3):
-            if _free(self.directory) < self.least:
+            if (self.free(os.path.dirname(self.directory)) or 0) < self.least:
                 self.crossed = True
                 self.end_them(self.directory)
 
     def line(self) -> str:
-        return f"{self.directory}: stopped, {_mib(self.least)} MiB must stay free (drill:keep_free)"
-
-
-def _free(directory: str) -> int:
-    """What is free on the disk of a directory, or of where it would be made."""
-    seen = os.statvfs(directory if os.path.exists(directory) else os.path.dirname(directory))
-    return seen.f_bavail * seen.f_frsize
-
-
-def _mib(size: float) -> int:
-    return int(size) // 1024**2
+        least = self.least // 1024**2
+        return f"{self.directory}: stopped, {least} MiB must stay free (drill:keep_free)"
 
 
 def _least(directory: str) -> int:
@@ -236,11 +229,17 @@ def _drill(directory: str, answer: dict[str, Any]) -> list[str]:
     chosen = _chosen(answer["repository"])
     answer["label"] = chosen["label"]
     least = _least(directory)
-    _refuse_without_room(directory, chosen["bytes"], least)
+    __salt__["slmdb_disk.refuse"](
+        os.path.dirname(directory),
+        "the drill",
+        chosen["bytes"] * MARGIN,
+        advice="make room, or set slm_database:backup:drill (directory, keep_free)",
+        keep=least,
+    )
     with _step("marker"):
         before = __salt__["slmdb_backup_compare.source"]()
         _mark(answer)
-    bound = _Bound(directory, least, __salt__["slmdb_backup_scratch.end"])
+    bound = _Bound(directory, least)
     bound.start()
     try:
         return _tried(directory, chosen, before, answer)
@@ -262,16 +261,6 @@ def _chosen(number: int) -> dict[str, Any]:
     newest = max(rows, key=lambda row: (row["stopped"], row["label"]))
     found = {"label": newest["label"], "repository": number, "bytes": newest["database_bytes"]}
     return {**found, "options": [f"--set={newest['label']}"]}
-
-
-def _refuse_without_room(directory: str, needed: int, least: int) -> None:
-    free = _free(directory)
-    if free - needed * 1.1 < least:
-        raise CommandExecutionError(
-            f"{os.path.dirname(directory)} has {_mib(free)} MiB free, the drill needs "
-            f"{_mib(needed * 1.1)} MiB and leaves {_mib(least)} MiB; make room, or set "
-            "slm_database:backup:drill (directory, keep_free)"
-        )
 
 
 def _mark(answer: dict[str, Any]) -> None:

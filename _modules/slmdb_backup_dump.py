@@ -166,13 +166,13 @@ def _refuse_without_room(databases: list[str]) -> None:
         )
         # Compressed and without indexes it is smaller, but that is known only afterwards.
         needed = rows[0]["bytes"] // 2
-    seen = os.statvfs(_path())
-    free = seen.f_bavail * seen.f_frsize
-    if free < needed:
-        raise CommandExecutionError(
-            f"slm_database:backup:dump:path: {_path()} has {free // 1024**2} MiB free, the next "
-            f"dump needs about {needed // 1024**2} MiB; make room, or lower backup:retention"
-        )
+    __salt__["slmdb_disk.refuse"](
+        _path(),
+        "the next dump",
+        needed,
+        advice="make room, or lower backup:retention",
+        key="slm_database:backup:dump:path",
+    )
 
 
 def _free_name() -> str:

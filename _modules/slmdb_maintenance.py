@@ -144,17 +144,12 @@ def _healthy(job: dict[str, Any]) -> str:
 
 def _room(job: dict[str, Any]) -> str:
     data = __salt__["slmdb_instance.facts"]()["data_directory"]
-    free = {}
+    free = []
     for path in (data, os.path.join(data, "pg_wal"), "/usr", "/var/cache/apt/archives"):
         if os.path.isdir(path):
-            seen = os.statvfs(path)
-            free[path] = seen.f_bavail * seen.f_frsize
-    for path, left in free.items():
-        if left < ROOM:
-            raise CommandExecutionError(
-                f"{path} has {left // 1024**2} MB left; at least {ROOM // 1024**2} MB are needed"
-            )
-    return f"at least {min(free.values()) // 1024**2} MB are free"
+            __salt__["slmdb_disk.refuse"](path, "a maintenance", ROOM)
+            free.append(__salt__["slmdb_disk.free"](path) or 0)
+    return f"at least {min(free) // 1024**2} MiB are free"
 
 
 def _no_long_transactions(job: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ KEY = f"{KEYS}/key.conf"
 STANZA = "autobot-slm"
 ENCRYPTED = b"Salted__"  # how a file begins that pgBackRest encrypted
 FOREVER = 10**6
+MARGIN = 1.1
 # The host may be smaller than the one that was lost, and its addresses others.
 MODEST = {
     "listen_addresses": "",
@@ -163,7 +164,7 @@ def _files(found: dict[str, Any], newest: dict[str, Any]) -> None:
         options.append("--delta")
     else:
         _make_empty(data, found["user"])
-        _refuse_without_room(data, newest["database_bytes"])
+        __salt__["slmdb_disk.refuse"](data, "the restore", newest["database_bytes"] * MARGIN)
     __salt__["slmdb_pgbackrest.run"]("restore", f"--pg1-path={data}", *options)
 
 
@@ -175,16 +176,6 @@ def _make_empty(directory: str, user: str) -> None:
         shutil.chown(directory, user, user)
     except OSError as err:
         raise CommandExecutionError(f"{directory}: cannot be made: {err.strerror}") from err
-
-
-def _refuse_without_room(data: str, needed: int) -> None:
-    seen = os.statvfs(data)
-    free = seen.f_bavail * seen.f_frsize
-    if free < needed * 1.1:
-        raise CommandExecutionError(
-            f"{data} has {free // 1024**2} MiB free, the restore needs "
-            f"{int(needed * 1.1) // 1024**2} MiB; make room"
-        )
 
 
 def _register(found: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb_restore"
 
+MARGIN = 1.1
 # What a server in recovery needs to have at least as large as the one that wrote the WAL.
 LIMITS = {
     "max_connections": "max_connections setting",
@@ -145,16 +146,6 @@ def _port(wanted: int | None) -> int:
     raise SaltInvocationError(f"port: {wanted or 'none of the next hundred'} is free; name another")
 
 
-def _room(directory: str, needed: int) -> None:
-    seen = os.statvfs(directory)
-    free = seen.f_bavail * seen.f_frsize
-    if free < needed * 1.1:
-        raise CommandExecutionError(
-            f"{directory} has {free // 1024**2} MiB free, the restore needs "
-            f"{int(needed * 1.1) // 1024**2} MiB; make room"
-        )
-
-
 def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
     """
     Restore the files into a directory that is made; nothing is left of it if that fails.
@@ -262,7 +253,8 @@ def beside(
         )
     chosen = plan(time, label, restore_point)
     number = _port(port)
-    _room(os.path.dirname(directory), chosen["bytes"])
+    refuse = __salt__["slmdb_disk.refuse"]
+    refuse(os.path.dirname(directory), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
     files(directory, chosen, archive=False)
     try:
@@ -425,7 +417,8 @@ def in_place(
     data = found["data_directory"]
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"
     shutil.rmtree(new, ignore_errors=True)
-    _room(os.path.dirname(data), chosen["bytes"])
+    refuse = __salt__["slmdb_disk.refuse"]
+    refuse(os.path.dirname(data), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
     if gap:
         raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
