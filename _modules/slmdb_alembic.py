@@ -346,16 +346,8 @@ def _sources(found: dict[str, Any], paths: list[str]) -> list[str]:
 
 
 def _state_of(found: dict[str, Any], paths: list[str]) -> str:
-    """A digest of every file the history comes from: what changes whatever is done to a file."""
-    digest = hashlib.sha256()
-    for path in _sources(found, paths):
-        try:
-            seen = os.stat(path)
-            what = (seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-            digest.update(f"{path}\0{what}\n".encode())
-        except OSError:
-            digest.update(f"{path}\0missing\n".encode())
-    return digest.hexdigest()
+    """A digest that changes with any file the history comes from."""
+    return __salt__["slmdb_file.digest"](_sources(found, paths))
 
 
 def _remembered(found: dict[str, Any]) -> dict[str, Any] | None:
@@ -368,15 +360,7 @@ def _remembered(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _remember(found: dict[str, Any], given: dict[str, Any], state: str) -> None:
-    path = _cache_file(found)
-    temporary = f"{path}.{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump({**given, "state": state}, stream)
-        os.replace(temporary, path)
-    except OSError:
-        return  # a cache that cannot be written costs time, nothing else
+    __salt__["slmdb_file.keep"](_cache_file(found), json.dumps({**given, "state": state}))
 
 
 def _ask(found: dict[str, Any], words: list[str], timeout: float) -> dict[str, Any]:

@@ -4,12 +4,14 @@ Files, written so that a kill at any moment leaves the old one or the new one, w
 
 from __future__ import annotations
 
+import contextlib
 import grp
+import hashlib
 import os
 import pwd
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from salt.exceptions import CommandExecutionError
 
@@ -170,6 +172,73 @@ def write(
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def keep(path: str, text: str) -> None:
+    """
+    Write a file of a cache: the old one or the new one is there, whole, but neither need be.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.keep /var/cache/salt/minion/slmdb/synced 'a digest'
+
+    path
+        Absolute path; its directory is made, for root alone, if it is missing.
+    text
+        The content.
+
+    Returns nothing, raises nothing: a cache that cannot be written costs time, nothing else.
+    """
+    temporary = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(temporary, path)
+
+
+def stamp(path: str) -> tuple[int, ...] | None:
+    """
+    Return what changes with a file whatever is done to it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.stamp /etc/postgresql/15/main/postgresql.conf
+
+    path
+        Absolute path; of a link its target counts.
+
+    Returns device, inode, size, and the times of modification and of change, which is the kernel's:
+    nobody sets it back. ``None`` if there is no such file. Raises nothing.
+    """
+    try:
+        seen = os.stat(path)
+    except OSError:
+        return None
+    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+
+def digest(paths: Iterable[str]) -> str:
+    """
+    Return a digest that changes with any of several files, and with their being there.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.digest '["/etc/hosts", "/etc/motd"]'
+
+    paths
+        Absolute paths.
+
+    Their content is not read. Raises nothing.
+    """
+    stamps = [(path, stamp(path)) for path in paths]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
 
 def remove(path: str) -> None:

@@ -107,19 +107,10 @@ def _postmaster(data_directory: str) -> dict[str, Any]:
     return {"pid": pid, "port": port, "started": int(lines[2])} if alive else {}
 
 
-def _stamp(path: str) -> tuple[int, ...] | None:
-    """What changes with a file whatever is done to it: its clock of changes cannot be set back."""
-    try:
-        seen = os.stat(path)
-    except OSError:
-        return None
-    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-
-
 def _configured(path: str) -> dict[str, str]:
     """The last values in a configuration file, without quotes; read again if the file changed."""
     known = __context__.setdefault("slmdb_configured", {})
-    stamp = _stamp(path)
+    stamp = __salt__["slmdb_file.stamp"](path)
     if path not in known or known[path][0] != stamp:
         known[path] = (stamp, _values(path))
     return known[path][1]

@@ -8,7 +8,6 @@ last apply recorded.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -123,14 +122,8 @@ def _kept_path() -> str:
 
 def _keep(made: dict) -> None:
     path, kept = _kept_path(), {"modules": _modules(), "defaults": made}
-    if _json(path) == kept:
-        return
-    temporary = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):  # without it a report asks the master
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(kept, stream)
-        os.replace(temporary, path)
+    if _json(path) != kept:
+        __salt__["slmdb_file.keep"](path, json.dumps(kept))
 
 
 def _json(path: str) -> Any:

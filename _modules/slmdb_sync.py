@@ -8,8 +8,6 @@ nobody sets it back. Anything that cannot be told so is answered with "no", and 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 
@@ -51,19 +49,9 @@ def _copy(kind: str, relative: str) -> str:
     return os.path.join(__opts__["extension_modules"], kind, relative)
 
 
-def _stamp(path: str) -> str:
-    try:
-        seen = os.stat(path)
-    except OSError:
-        return f"{path}: missing"
-    times = f"{seen.st_mtime_ns} {seen.st_ctime_ns}"
-    return f"{path}: {seen.st_dev} {seen.st_ino} {seen.st_size} {times}"
-
-
 def _state() -> str:
     """A digest that changes with any of the files, here or there."""
-    stamps = [_stamp(path) for pair in _sources() for path in pair]
-    return hashlib.sha256("\n".join(stamps).encode()).hexdigest()
+    return __salt__["slmdb_file.digest"](path for pair in _sources() for path in pair)
 
 
 def _read(path: str) -> bytes | None:
@@ -97,7 +85,8 @@ def current() -> bool:
     Returns true only if no file changed, here or in the formula, since the two were seen to be the
     same; false always where a master has the files. Raises nothing.
     """
-    if not _local():
+    # A sync that was interrupted may have left a slmdb_file of another version.
+    if not _local() or "slmdb_file.digest" not in __salt__:
         return False
     known = _read(_record())
     return known is not None and known == _state().encode()
@@ -118,11 +107,5 @@ def remember() -> None:
     if not _local() or current():
         return
     state, path = _state(), _record()  # looked at before the content: a change in between shows
-    if not _same():
-        return
-    temporary = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(state)
-        os.replace(temporary, path)
+    if _same():
+        __salt__["slmdb_file.keep"](path, state)

@@ -81,6 +81,17 @@ def test_a_copy_that_somebody_changed_is_brought_back(minion):
     assert minion.told() == "state 1, module 1"
 
 
+def test_a_sync_that_was_interrupted_is_made_up_for(minion):
+    """Half of the modules are of another version, which lacks what the new ones call."""
+    minion.publish(1)
+    minion.told()
+    copy = minion.directory / "extmods" / "modules" / "slmdb_file.py"
+    copy.write_text('def __virtual__():\n    return "slmdb_file"\n')
+    assert minion.call("slmdb_sync.current") is False
+    assert minion.told() == "state 1, module 1"
+    assert copy.read_text() == (minion.formula / "_modules" / "slmdb_file.py").read_text()
+
+
 def test_what_the_formula_dropped_is_gone(minion):
     """A module that is no longer in the formula is no longer on the host."""
     minion.publish(1)

@@ -1,0 +1,74 @@
+"""Files of a cache, and how it is known that a file is still the same."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+
+@pytest.fixture
+def minion(minions):
+    return minions()
+
+
+def test_a_kept_file_is_whole_or_not_there(minion, tmp_path):
+    """Its directory is root's alone, the older one is replaced, nothing else is left."""
+    path = tmp_path / "cache" / "known"
+    for text in ("first", "secönd"):
+        minion.call("slmdb_file.keep", str(path), text)
+        assert path.read_text() == text
+        assert os.listdir(path.parent) == ["known"]
+    assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_cache_that_cannot_be_written_is_nobody_s_error(minion, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert minion.call("slmdb_file.keep", str(tmp_path / "file" / "known"), "text") is None
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def _rewrite(path):
+    path.write_text("two")
+
+
+def _replace(path):
+    other = path.with_name("other")
+    other.write_text("one")
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+
+
+def _set_back(path):
+    seen = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+
+
+def _remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [_rewrite, _replace, _set_back, _remove])
+def test_no_change_goes_unseen(minion, tmp_path, change):
+    """Neither by the stamp nor by the digest of several; who only reads changes nothing."""
+    path, beside = tmp_path / "file", tmp_path / "beside"
+    path.write_text("one")
+    paths = [str(beside), str(path)]
+    before = minion.call("slmdb_file.stamp", str(path)), minion.call("slmdb_file.digest", paths)
+    path.read_text()
+    after = minion.call("slmdb_file.stamp", str(path)), minion.call("slmdb_file.digest", paths)
+    assert after == before
+    time.sleep(0.02)  # the kernel's clock of changes ticks every few milliseconds
+    change(path)
+    assert minion.call("slmdb_file.stamp", str(path)) != before[0]
+    assert minion.call("slmdb_file.digest", paths) != before[1]
+
+
+def test_a_file_that_comes_changes_the_digest(minion, tmp_path):
+    path = tmp_path / "file"
+    before = minion.call("slmdb_file.digest", [str(path)])
+    assert minion.call("slmdb_file.stamp", str(path)) is None
+    path.write_text("")
+    assert minion.call("slmdb_file.digest", [str(path)]) != before
