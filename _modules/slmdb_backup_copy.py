@@ -25,7 +25,6 @@ __virtualname__ = "slmdb_backup_copy"
 
 PROGRAM = "/usr/bin/age"
 KEYS = "/etc/pgbackrest/autobot-slm"
-RECORD = "/var/lib/autobot-slm-database/settings.json"
 STATE = "/var/lib/autobot-slm-database/copy.json"
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -61,8 +60,8 @@ def _named_by_settings() -> list[str]:
 def _paths() -> list[str]:
     """What the copy holds: plain files that are there."""
     found = __salt__["slmdb_instance.facts"]()
-    paths = [*_secret_files(), *_below(KEYS), RECORD, *_below(found["config_directory"])]
-    paths += _named_by_settings()
+    paths = [*_secret_files(), *_below(KEYS), __salt__["slmdb_pillar.record"]()]
+    paths += [*_below(found["config_directory"]), *_named_by_settings()]
     return [path for path in dict.fromkeys(paths) if _is_plain(path)]
 
 
@@ -120,7 +119,7 @@ def _refuse(path: str, recipients: list[str]) -> None:
         raise SaltInvocationError(f"path: {os.path.dirname(path)} does not exist")
     if not os.path.exists(PROGRAM):
         raise CommandExecutionError(f"{PROGRAM} is missing; state.apply slm_database installs it")
-    for needed in (_get("secret", "file"), RECORD):
+    for needed in (_get("secret", "file"), __salt__["slmdb_pillar.record"]()):
         if not _is_plain(needed):
             raise CommandExecutionError(f"{needed} does not exist; apply the formula first")
 

@@ -23,7 +23,6 @@ _SETTING = re.compile(
     r"^[ \t]*(data_directory|hba_file|ident_file|port)[ \t]*[= \t][ \t]*('(?:[^'\n]|'')*'|[^\s#]+)",
     re.IGNORECASE | re.MULTILINE,
 )
-RECOVERY = "/var/lib/autobot-slm-database/recovery.json"
 
 
 def __virtual__() -> str:
@@ -325,7 +324,7 @@ def apply() -> None:
         # by differences(), which names the way out.
         raise CommandExecutionError(f"pg_createcluster: {_why(answer)}")
     # Somebody wants an empty one: a recovery that was begun earlier must not overwrite it.
-    __salt__["slmdb_file.remove"](RECOVERY)
+    __salt__["slmdb_recovery.unmark"]()
 
 
 def _why(answer: dict) -> str:

@@ -153,6 +153,19 @@ def _remembered() -> dict | None:
     return merged
 
 
+def record() -> str:
+    """
+    Return the path of what the last apply of the whole formula was told.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pillar.record
+    """
+    return RECORD
+
+
 def begin_run() -> None:
     """
     Say that a state run has begun: from here on pillar alone decides, not the last one's record.

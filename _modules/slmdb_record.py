@@ -13,7 +13,6 @@ import time
 __virtualname__ = "slmdb_record"
 
 DIRECTORY = "/var/lib/autobot-slm-database"
-PATH = f"{DIRECTORY}/settings.json"
 INSTALLED = f"{DIRECTORY}/installed"
 
 
@@ -41,7 +40,8 @@ def differences() -> dict:
     Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
     ``CommandExecutionError`` if a file cannot be read.
     """
-    changes = __salt__["slmdb_file.differences"](PATH, _text(), mode="0640")
+    path = __salt__["slmdb_pillar.record"]()
+    changes = __salt__["slmdb_file.differences"](path, _text(), mode="0640")
     if __salt__["slmdb_file.read"](INSTALLED) is None:
         changes[INSTALLED] = {"old": None, "new": "present"}
     return changes
@@ -59,7 +59,7 @@ def apply() -> None:
 
     Returns nothing. Raises ``CommandExecutionError`` if it cannot be written.
     """
-    __salt__["slmdb_file.write"](PATH, _text(), mode="0640")
+    __salt__["slmdb_file.write"](__salt__["slmdb_pillar.record"](), _text(), mode="0640")
     if __salt__["slmdb_file.read"](INSTALLED) is None:
         __salt__["slmdb_file.write"](INSTALLED, f"{int(time.time())}\n".encode(), mode="0640")
 

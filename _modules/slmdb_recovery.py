@@ -24,7 +24,6 @@ __virtualname__ = "slmdb_recovery"
 
 PROGRAM = "/usr/bin/age"
 PACKAGES = ["age", "postgresql-common"]  # the second makes the account that owns some files
-RECORD = "/var/lib/autobot-slm-database/settings.json"
 MARK = "/var/lib/autobot-slm-database/recovery.json"
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -115,14 +114,10 @@ def _planned(manifest: dict[str, Any], files: dict[str, _File]) -> dict[str, Any
         "made": manifest["made"],
         "instance": name,
         "system_identifier": instance["system_identifier"],
-        "files": _to_write(files, again=_begun() or _same_instance(instance)),
+        "files": _to_write(files, again=begun() or _same_instance(instance)),
         "settings": settings,
         "pillar": _pillar_file(settings),
     }
-
-
-def _begun() -> bool:
-    return os.path.exists(MARK)
 
 
 def _same_instance(instance: dict[str, Any]) -> bool:
@@ -134,7 +129,7 @@ def _refuse_other_instance(instance: dict[str, Any], name: str) -> None:
     """Another instance of our name would be taken for the lost one, or have its data covered."""
     data = instance["data_directory"]
     present = os.path.exists(os.path.join(data, "PG_VERSION"))
-    if present and not _begun() and not _same_instance(instance):
+    if present and not begun() and not _same_instance(instance):
         raise CommandExecutionError(
             f"this host has an instance {name} with other data in {data}; recover on a bare "
             "host, or move that data away"
@@ -153,7 +148,7 @@ def _to_write(files: dict[str, _File], again: bool) -> list[str]:
     wanted = []
     for path, file in files.items():
         present = __salt__["slmdb_file.read"](path)
-        if present is None or (present != file.data and _begun()):
+        if present is None or (present != file.data and begun()):
             wanted.append(path)
         elif present != file.data and not again:
             raise CommandExecutionError(
@@ -163,7 +158,8 @@ def _to_write(files: dict[str, _File], again: bool) -> list[str]:
 
 
 def _settings(files: dict[str, _File]) -> dict[str, Any]:
-    recorded = json.loads(files[RECORD].data) if RECORD in files else {}
+    record = __salt__["slmdb_pillar.record"]()
+    recorded = json.loads(files[record].data) if record in files else {}
     return __salt__["slmdb_pillar.beyond_defaults"](recorded)
 
 
@@ -175,11 +171,12 @@ def _pillar_file(settings: dict[str, Any]) -> str | None:
     if __opts__.get("file_client") != "local":
         raise CommandExecutionError(
             f"the master's pillar has no slm_database for this minion, the lost host had {keys}; "
-            f"{RECORD} in the copy has the values: give them to the minion first"
+            f"{__salt__['slmdb_pillar.record']()} in the copy has the values: give them to the "
+            "minion first"
         )
     directory = __opts__["pillar_roots"]["base"][0]
     top = os.path.join(directory, "top.sls")
-    if os.path.exists(top) and not _begun():
+    if os.path.exists(top) and not begun():
         raise CommandExecutionError(
             f"{top} gives this host no slm_database, the lost one had {keys}: write them in pillar "
             "first, or move the file away"
@@ -217,6 +214,21 @@ def unpack(copy: str, identity: str) -> dict[str, Any]:
     return planned
 
 
+def begun() -> bool:
+    """
+    Tell whether a recovery was begun here and is not finished.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_recovery.begun
+
+    Returns a boolean. Raises nothing.
+    """
+    return os.path.exists(MARK)
+
+
 def mark(told: dict[str, Any]) -> None:
     """
     Remember that a recovery was begun on a host without data.
@@ -232,8 +244,23 @@ def mark(told: dict[str, Any]) -> None:
 
     Raises ``CommandExecutionError`` if it cannot be written.
     """
-    if not _begun():
+    if not begun():
         __salt__["slmdb_file.write"](MARK, (json.dumps(told) + "\n").encode(), mode="0640")
+
+
+def unmark() -> None:
+    """
+    Forget that a recovery was begun: it is finished, or an empty instance was wanted after all.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_recovery.unmark
+
+    Raises ``CommandExecutionError`` if the mark cannot be removed.
+    """
+    __salt__["slmdb_file.remove"](MARK)
 
 
 def _install() -> None:

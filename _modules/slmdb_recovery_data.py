@@ -17,10 +17,8 @@ from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_recovery_data"
 
-MARK = "/var/lib/autobot-slm-database/recovery.json"
 KEYS = "/etc/pgbackrest/autobot-slm"
 KEY = f"{KEYS}/key.conf"
-STANZA = "autobot-slm"
 ENCRYPTED = b"Salted__"  # how a file begins that pgBackRest encrypted
 FOREVER = 10**6
 MARGIN = 1.1
@@ -63,7 +61,7 @@ def differences() -> dict[str, Any]:
     there is no repository here, its key is missing, or other files are where the data belongs.
     """
     found = __salt__["slmdb_instance.facts"]()
-    begun, data = os.path.exists(MARK), found["data_directory"]
+    begun, data = __salt__["slmdb_recovery.begun"](), found["data_directory"]
     if _whole(data) and not begun:
         return {}
     if not begun and os.path.isdir(data) and os.listdir(data):
@@ -84,7 +82,8 @@ def _repository_problem() -> str | None:
     if not _get("backup", "enabled"):
         return "slm_database:backup:enabled: is false; there is nothing to restore from"
     path = _get("backup", "path")
-    head = __salt__["slmdb_file.read"](os.path.join(path, "backup", STANZA, "backup.info"))
+    stanza = __salt__["slmdb_pgbackrest.stanza"]()
+    head = __salt__["slmdb_file.read"](os.path.join(path, "backup", stanza, "backup.info"))
     if head is None:
         if _get("backup", "second", "type"):
             return None
@@ -131,7 +130,7 @@ def apply() -> None:
     if not found["exists"]:
         _register(found)
     _replay()
-    __salt__["slmdb_file.remove"](MARK)
+    __salt__["slmdb_recovery.unmark"]()
 
 
 def _own(path: str, user: str) -> None:

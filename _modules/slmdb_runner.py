@@ -21,8 +21,7 @@ from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_runner"
 
-STATE = "/var/lib/autobot-slm-database"
-DIRECTORY = f"{STATE}/formula"
+DIRECTORY = "/var/lib/autobot-slm-database/formula"
 CURRENT = f"{DIRECTORY}/current"
 CACHE = "/var/cache/autobot-slm-database/runner"
 OWN_SALT = "/opt/autobot-slm-database/salt"
@@ -127,9 +126,8 @@ def _launcher() -> str:
         kept = _salt_of(thin)
         places = [f"{kept}/{name}" for name in sorted(os.listdir(thin)) if name.startswith("py")]
         path = f"export PYTHONPATH={':'.join(places)}\n"
-    return LAUNCHER.format(
-        path=path, record=f"{STATE}/settings.json", cache=CACHE, python=_python()
-    )
+    record = __salt__["slmdb_pillar.record"]()
+    return LAUNCHER.format(path=path, record=record, cache=CACHE, python=_python())
 
 
 def _content() -> dict[str, bytes]:
