@@ -90,6 +90,7 @@ def test_the_key_is_made_once_and_stays_where_it_is(ready):
     assert secret not in ready.call("slmdb_config.content")
 
 
+@pytest.mark.once
 def test_a_repository_without_its_key_is_not_given_another(ready):
     """A new key could not read what is there."""
     KEY.rename("/etc/kept-key")
@@ -116,6 +117,7 @@ def test_backups_are_made_and_listed(ready):
     assert info["last_wal"] >= second["wal"][1]
 
 
+@pytest.mark.once
 def test_retention_is_kept(ready, minions):
     """With room for one full backup the older one goes, and what needs it."""
     backup = {"enabled": True, "retention": {"full": 1}}
@@ -127,6 +129,7 @@ def test_retention_is_kept(ready, minions):
     assert [row["label"] for row in ready.call("slmdb_backup.list")] == [last["label"]]
 
 
+@pytest.mark.once
 def test_verify_finds_a_flipped_byte(ready):
     """A sound repository is right; one byte less and it is not."""
     ready.call("slmdb_backup.create")
@@ -189,6 +192,7 @@ def test_a_time_of_the_week_is_said_in_both_languages(shared_server, when, calen
     assert shared_server.call("slmdb_backup_schedule.cron", when) == cron
 
 
+@pytest.mark.once
 def test_a_full_disk_is_refused_before_the_backup(ready):
     """The repository's disk is asked first."""
     ready.call("slmdb_backup.create")

@@ -92,6 +92,7 @@ def test_nobody_else_can_read_it(host):
         assert not any(one in text for one in hidden)
 
 
+@pytest.mark.once
 def test_an_ssh_key_opens_it_as_well(host, minions, identity, tmp_path):
     """Each recipient alone can."""
     key = tmp_path / "id"
@@ -152,6 +153,7 @@ def test_without_recipients_nothing_is_written(host, minions):
     assert "age" not in minion.call("slmdb_package.names")
 
 
+@pytest.mark.once
 def test_a_key_that_age_refuses_keeps_the_old_copy(host, minions):
     """A letter that is wrong passes for a key until its checksum is looked at."""
     host.call("slmdb_backup.copy", str(COPY))
@@ -170,6 +172,7 @@ def test_a_secret_key_in_pillar_is_refused_and_not_repeated(host, minions):
     assert "slm_database:backup:copy:recipients:0" in line and "QQQ" not in line
 
 
+@pytest.mark.once
 def test_what_belongs_into_it_must_be_there(host):
     RECORD.unlink()
     with pytest.raises(CommandExecutionError, match=r"settings\.json does not exist; apply"):

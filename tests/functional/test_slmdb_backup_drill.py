@@ -86,6 +86,7 @@ def test_a_sound_backup_is_proven(host):
     assert last["last"] == last["proven"] == json.loads(json.dumps(answer))
 
 
+@pytest.mark.once
 def test_a_busy_source_raises_no_alarm(host):
     """Rows come, change and go all the time, by short and long transactions."""
     over = threading.Event()
@@ -116,6 +117,7 @@ def test_a_busy_source_raises_no_alarm(host):
     assert answer["problems"] == []
 
 
+@pytest.mark.once
 def test_a_flipped_byte_is_found(host):
     """pgBackRest compares each file with its checksum; the last proof is remembered."""
     host.call("slmdb_backup.drill")
@@ -132,6 +134,7 @@ def test_a_flipped_byte_is_found(host):
     assert last["proven"] == proven and last["last"]["proven"] is False
 
 
+@pytest.mark.once
 def test_a_missing_segment_is_found(host):
     """The marker is not there, and what was written in between is not either."""
     execute(host, "INSERT INTO quiet VALUES (-1)")
@@ -146,6 +149,7 @@ def test_a_missing_segment_is_found(host):
     assert any("public.quiet has 1000 rows in the copy, 1002" in one for one in answer["problems"])
 
 
+@pytest.mark.once
 def test_a_lost_table_a_lost_row_and_a_row_too_many_are_found(host):
     """In a copy that differs from its source by just that."""
     before = host.call("slmdb_backup_compare.source")
@@ -172,6 +176,7 @@ def test_a_lost_table_a_lost_row_and_a_row_too_many_are_found(host):
         subprocess.run(copy["remove"].split(), check=True)
 
 
+@pytest.mark.once
 def test_a_damaged_page_is_found(host):
     """The copy's checksums, its tables and its indexes are read."""
     before = host.call("slmdb_backup_compare.source")
@@ -226,6 +231,7 @@ def begun(minion, until):
     return job
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("moment", ["data", "data/postmaster.pid"])
 def test_a_killed_drill_is_cleaned_up_by_the_next(host, moment):
     """kill -9 while files are restored, and while the copy runs; the server is never touched."""
@@ -248,6 +254,7 @@ def test_a_drill_that_fails_in_a_timer_says_why(host):
     assert job.returncode == 1 and "pgbackrest restore" in said and len(said) <= 4100
 
 
+@pytest.mark.once
 def test_a_disk_that_would_be_filled_is_refused_and_watched(host, minions):
     """Before it begins, and while it works."""
     disk = Path("/srv/small")
@@ -284,6 +291,7 @@ def fill(disk):
     (disk / "filler").write_bytes(bytes(max(0, seen.f_bavail * seen.f_frsize - 60 * 1024**2)))
 
 
+@pytest.mark.once
 def test_one_drill_at_a_time(host):
     """The second is told so, and leaves the first one's instance alone."""
     DIRECTORY.mkdir()
@@ -313,6 +321,7 @@ def test_what_cannot_be_is_refused(host):
         DIRECTORY.unlink()
 
 
+@pytest.mark.once
 def test_a_repository_that_fails_keeps_no_other_from_its_backup(host, minions):
     """The scheduled line goes on after a failure, and ends with it."""
     second = {"type": "path", "path": "/srv/second"}

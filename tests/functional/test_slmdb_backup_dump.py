@@ -93,6 +93,7 @@ def test_no_password_is_in_it(host):
         assert password.encode() not in path.read_bytes()
 
 
+@pytest.mark.once
 def test_one_table_comes_back_into_the_running_database(host):
     """As the guide says: the other tables, and what was written since, stay."""
     directory = host.call("slmdb_backup.dump")["path"]
@@ -110,6 +111,7 @@ def test_one_table_comes_back_into_the_running_database(host):
     assert rows(host, "SELECT count(*) AS n FROM later") == [{"n": 0}]
 
 
+@pytest.mark.once
 def test_a_dump_is_kept_as_long_as_a_backup_of_its_age(host):
     """Older than every full backup it goes, unless it is the newest."""
     first = host.call("slmdb_backup.dump")["name"]
@@ -122,6 +124,7 @@ def test_a_dump_is_kept_as_long_as_a_backup_of_its_age(host):
     assert left[-1] == newest["name"] and "20010101T000000Z" not in left
 
 
+@pytest.mark.once
 def test_nothing_goes_while_the_repository_cannot_be_read(host):
     """What is not known to be old is kept."""
     rename(host.call("slmdb_backup.dump")["name"], "20010101T000000Z")
@@ -132,6 +135,7 @@ def test_nothing_goes_while_the_repository_cannot_be_read(host):
     assert host.call("slmdb_backup.dumps")[0]["name"] == "20010101T000000Z"
 
 
+@pytest.mark.once
 def test_an_interrupted_one_is_rubbish(host):
     """It is in no list, and the next run takes it away."""
     host.call("slmdb_backup.dump")
@@ -143,6 +147,7 @@ def test_an_interrupted_one_is_rubbish(host):
     assert not rubbish.exists() and len(host.call("slmdb_backup.dumps")) == 2
 
 
+@pytest.mark.once
 def test_two_at_once_are_refused(host):
     host.call("slmdb_backup.dump")
     handle = os.open(DUMPS, os.O_RDONLY)
@@ -155,6 +160,7 @@ def test_two_at_once_are_refused(host):
     assert len(host.call("slmdb_backup.dumps")) == 1
 
 
+@pytest.mark.once
 def test_a_damaged_page_is_told_and_the_older_dumps_stay(host):
     """The server's words in one line; nothing of the new one is left."""
     host.call("slmdb_backup.dump")
@@ -172,6 +178,7 @@ def test_a_damaged_page_is_told_and_the_older_dumps_stay(host):
     assert len(host.call("slmdb_backup.dumps")) == 1 and len(os.listdir(DUMPS)) == 1
 
 
+@pytest.mark.once
 def test_a_full_disk_is_refused_before_it_begins(host):
     host.call("slmdb_backup.dump")
     (made,) = DUMPS.iterdir()
@@ -189,6 +196,7 @@ def test_a_full_disk_is_refused_before_it_begins(host):
         subprocess.run(["umount", "--lazy", str(DUMPS)], check=True)
 
 
+@pytest.mark.once
 def test_a_database_that_is_missing_is_an_error(host):
     """A smaller dump would look like a whole one."""
     host.call("slmdb_server.forget")

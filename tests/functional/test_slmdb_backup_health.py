@@ -117,6 +117,7 @@ def test_the_last_backup_is_told_without_asking_the_engine(backed_up):
     assert ask(backed_up)["problems"] == []
 
 
+@pytest.mark.once
 def test_an_old_backup_is_a_problem(backed_up):
     """Beyond the limit of pillar; the default is a day and a little."""
     for path in BACKUPS.glob("2*/backup.manifest"):
@@ -129,6 +130,7 @@ def test_an_old_backup_is_a_problem(backed_up):
     assert said(backed_up) == ""
 
 
+@pytest.mark.once
 def test_a_backup_that_goes_behind_its_back_is_not_told_any_more(backed_up):
     """The newest one, then all, then the repository itself."""
     first = ask(backed_up)["backup"]["repositories"][0]["last"]["label"]
@@ -143,6 +145,7 @@ def test_a_backup_that_goes_behind_its_back_is_not_told_any_more(backed_up):
     assert said(backed_up) == ""
 
 
+@pytest.mark.once
 def test_a_backup_that_failed_is_said_with_its_reason(backed_up):
     """Until one is made."""
     line = backed_up.call("slmdb_pgbackrest.line", "backup")
@@ -155,6 +158,7 @@ def test_a_backup_that_failed_is_said_with_its_reason(backed_up):
     assert "failed" not in said(backed_up, "warnings")
 
 
+@pytest.mark.once
 def test_a_failing_archiver_is_said_with_the_engine_s_reason(backed_up):
     """At once as a warning, beyond the limit as a problem; an idle server waits for nothing."""
     assert ask(backed_up)["backup"]["wal"]["waiting_seconds"] is None
@@ -171,6 +175,7 @@ def test_a_failing_archiver_is_said_with_the_engine_s_reason(backed_up):
     assert "archived" not in said(backed_up) + said(backed_up, "warnings")
 
 
+@pytest.mark.once
 def test_a_dead_repository_does_not_fill_the_disk(host, minions):
     """WAL stops at the limit, the server goes on, health names the gap until a full backup."""
     minions(QUEUE)
@@ -190,6 +195,7 @@ def test_a_dead_repository_does_not_fill_the_disk(host, minions):
     assert said(host) == ""
 
 
+@pytest.mark.once
 def test_what_verify_found_stays_said_until_it_is_right(backed_up):
     """A flipped byte, and the byte put back."""
     files = [path for path in BACKUPS.rglob("*") if path.is_file() and "pg_data" in str(path)]
@@ -213,6 +219,7 @@ def test_switched_off_is_one_warning(host, minions):
     assert host.state("slmdb_backup.configured").changes == {}
 
 
+@pytest.mark.once
 def test_a_host_that_was_installed_without_it_is_parked_then_backed_up(minions):
     """archive_mode waits; the maintenance restarts first and does not insist on a backup."""
     worlds.fresh()

@@ -88,6 +88,7 @@ def test_every_backup_goes_to_both_and_comes_back_from_either(host):
         assert restored["label"] == other["label"]
 
 
+@pytest.mark.once
 def test_a_dead_second_repository_stops_nothing(host):
     """WAL and backups reach the first, and who is dead is named; later all is well by itself."""
     host.call("slmdb_backup.create")
@@ -108,6 +109,7 @@ def test_a_dead_second_repository_stops_nothing(host):
     assert host.call("slmdb.health", 15)["problems"] == []
 
 
+@pytest.mark.once
 def test_a_dead_first_repository_is_named_and_the_second_goes_on(host):
     """The other way round."""
     host.call("slmdb_backup.create")
@@ -117,6 +119,7 @@ def test_a_dead_first_repository_is_named_and_the_second_goes_on(host):
         assert "repository 2 has " in str(caught.value)
 
 
+@pytest.mark.once
 def test_who_is_reached_makes_a_stanza_though_the_other_is_dead(minions):
     """The first time, too."""
     begin_applied(minions)
@@ -132,6 +135,7 @@ def test_who_is_reached_makes_a_stanza_though_the_other_is_dead(minions):
     minion.call("slmdb_server.forget")
 
 
+@pytest.mark.once
 def test_it_is_taken_away_and_its_key_is_kept(host, minions):
     """Without it everything is as before; with it again its backups are readable."""
     before = host.call("slmdb_backup.create")["others"][0]["label"]
@@ -150,6 +154,7 @@ def test_it_is_taken_away_and_its_key_is_kept(host, minions):
     assert f"{SECOND} holds a repository but its key {KEYS}/key-2.conf is missing" in result.comment
 
 
+@pytest.mark.once
 def test_another_instance_s_repository_is_not_touched(host, minions):
     """A new instance does not mix its backups with those of the one before."""
     host.call("slmdb_backup.create")
@@ -168,6 +173,7 @@ def test_another_instance_s_repository_is_not_touched(host, minions):
     assert sorted(str(path) for path in FIRST.rglob("*")) == kept
 
 
+@pytest.mark.once
 def test_sftp_is_refused_where_the_engine_is_too_old(host, minions):
     """Debian 12's; nothing was changed."""
     sftp = {
@@ -208,6 +214,7 @@ def test_a_key_that_pillar_does_not_have_is_named(host, minions):
     assert not file.exists() and (KEYS / "key-2.conf").exists()
 
 
+@pytest.mark.once
 def test_an_s3_store_over_tls(minions):
     """Backup, restore and verify; a wrong secret is one line, and shown nowhere."""
     begin_applied(minions)
@@ -245,6 +252,7 @@ def test_an_s3_store_over_tls(minions):
         minion.call("slmdb_server.forget")
 
 
+@pytest.mark.once
 def test_a_label_that_no_repository_has(host):
     """All that there are are named."""
     host.call("slmdb_backup.create")

@@ -137,6 +137,7 @@ def test_what_is_announced(other, lost):
     assert other.state("slmdb_recovery.restored").changes == {}
 
 
+@pytest.mark.once
 def test_a_run_of_the_formula_makes_no_empty_instance_meanwhile(other, lost):
     """Between the two steps the ordinary run stops."""
     unpack(other, lost)
@@ -145,6 +146,7 @@ def test_a_run_of_the_formula_makes_no_empty_instance_meanwhile(other, lost):
     assert not DATA.exists()
 
 
+@pytest.mark.once
 def test_who_decides_for_an_empty_instance_gets_it(other, lost):
     """The recovery that was begun is forgotten, and does not overwrite it later."""
     unpack(other, lost)
@@ -155,6 +157,7 @@ def test_who_decides_for_an_empty_instance_gets_it(other, lost):
     assert other.call("slmdb_instance.system_identifier") != lost.identifier
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("progress", ["files", "replayed", "running"])
 def test_what_was_interrupted_is_repeated(other, lost, progress):
     """In the middle of the files; after the WAL, before it was noted; with the server left over."""
@@ -178,6 +181,7 @@ def test_what_was_interrupted_is_repeated(other, lost, progress):
     assert not MARK.exists()
 
 
+@pytest.mark.once
 def test_another_instance_is_not_covered(other, lost):
     """A host that has data of its own keeps it, and no file is written."""
     other.call("slmdb_instance.apply")
@@ -189,6 +193,7 @@ def test_another_instance_is_not_covered(other, lost):
     assert other.call("slmdb_instance.system_identifier") == before
 
 
+@pytest.mark.once
 def test_another_secret_file_is_not_covered(other, lost):
     secrets.write(b"SLM_DB_PASSWORD=another\n")
     with pytest.raises(CommandExecutionError, match="is not as in the copy"):
@@ -197,6 +202,7 @@ def test_another_secret_file_is_not_covered(other, lost):
     assert not KEY.exists() and not MARK.exists()
 
 
+@pytest.mark.once
 def test_a_copy_that_cannot_be_opened(other, lost, tmp_path):
     """Another key, another file, no file: one line, and nothing is written."""
     stranger = tmp_path / "stranger.txt"
@@ -215,6 +221,7 @@ def test_a_copy_that_cannot_be_opened(other, lost, tmp_path):
     assert not secrets.FILE.exists() and not MARK.exists()
 
 
+@pytest.mark.once
 def test_a_repository_whose_key_is_lost(other):
     """One line that says so; no key is made, no instance either."""
     (line,) = failures(other)
@@ -222,6 +229,7 @@ def test_a_repository_whose_key_is_lost(other):
     assert not KEY.exists() and not DATA.exists()
 
 
+@pytest.mark.once
 def test_a_repository_with_another_key(other, lost):
     unpack(other, lost)
     KEY.write_text("[global]\nrepo1-cipher-pass=another\n")
@@ -230,6 +238,7 @@ def test_a_repository_with_another_key(other, lost):
     assert not DATA.exists()
 
 
+@pytest.mark.once
 def test_no_repository(other, lost):
     unpack(other, lost)
     shutil.rmtree(REPOSITORY)
@@ -238,6 +247,7 @@ def test_no_repository(other, lost):
     assert not DATA.exists() and not REPOSITORY.exists()
 
 
+@pytest.mark.once
 def test_without_a_copy_a_new_password_is_made_only_if_pillar_says_so(other, lost):
     """The repository and its key bring the data; the password, and no more, is made anew."""
     shutil.copytree(lost.directory / "key", KEY.parent)
@@ -255,6 +265,7 @@ def test_without_a_copy_a_new_password_is_made_only_if_pillar_says_so(other, los
     assert whole_formula(other, "slm_database.recovery") == set()
 
 
+@pytest.mark.once
 def test_settings_have_to_come_from_somewhere(other, lost, minions):
     """Pillar that says nothing of us, and a top file that is the operator's: no guess is made."""
     minion = minions(id="lost.19")

@@ -96,6 +96,7 @@ def test_the_latest_is_restored_beside_and_the_instance_goes_on(host):
     assert not os.path.exists(answer["data_directory"])
 
 
+@pytest.mark.once
 def test_a_moment_between_two_transactions_brings_exactly_the_first(host):
     """Also when it is the moment of a dropped table."""
     write(host, "first")
@@ -106,6 +107,7 @@ def test_a_moment_between_two_transactions_brings_exactly_the_first(host):
     assert entries(host, answer["port"]) == ["before the backup", "first"]
 
 
+@pytest.mark.once
 def test_a_restore_point_and_a_label(host):
     """A name, and the moment at which a backup was complete."""
     write(host, "first")
@@ -118,6 +120,7 @@ def test_a_restore_point_and_a_label(host):
     assert entries(host, whole["port"]) == ["before the backup"]
 
 
+@pytest.mark.once
 def test_in_place_keeps_the_old_data_aside(host):
     """The server has the old state, the newer one is in a directory of its own, backups go on."""
     movable(host)
@@ -152,6 +155,7 @@ def test_what_cannot_be_reached_is_refused_with_the_range(host):
     assert not Path("/var/lib/postgresql/15/restored").exists()
 
 
+@pytest.mark.once
 def test_a_restore_point_that_does_not_exist_leaves_nothing_behind(host):
     """In place the old data is back; beside, nothing was made."""
     with pytest.raises(CommandExecutionError, match="ends before it"):
@@ -164,6 +168,7 @@ def test_a_restore_point_that_does_not_exist_leaves_nothing_behind(host):
     assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
 
 
+@pytest.mark.once
 def test_a_gap_in_the_archived_wal_is_told(host):
     """Beside, what can be had is shown and the gap named; in place, what runs stays."""
     write(host, "archived")
@@ -185,6 +190,7 @@ def test_a_gap_in_the_archived_wal_is_told(host):
     assert host.call("slmdb_backup.restore", instance="whole")["gap"] is None
 
 
+@pytest.mark.once
 def test_data_that_cannot_be_moved_aside_stays(host):
     """A data directory that is a mount of its own, say: the server is back with what it had."""
     with pytest.raises(CommandExecutionError, match="cross-device"):
@@ -193,6 +199,7 @@ def test_data_that_cannot_be_moved_aside_stays(host):
     assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
 
 
+@pytest.mark.once
 def test_a_corrupt_repository_stops_nothing(host):
     """The files are restored before the server is."""
     files = [path for path in Path("/var/lib/pgbackrest/backup").rglob("*") if path.is_file()]
@@ -209,6 +216,7 @@ def test_a_corrupt_repository_stops_nothing(host):
     assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
 
 
+@pytest.mark.once
 def test_the_application_s_rules_hold_in_the_copy(host):
     """Who may not log in to the instance may not log in to its copy."""
     answer = host.call("slmdb_backup.restore")

@@ -83,6 +83,7 @@ def test_a_host_that_was_never_applied_as_a_whole_is_told_so(instance, minions):
     assert answer.returncode == 1 and "apply slm_database as a whole first" in answer.stderr
 
 
+@pytest.mark.once
 def test_two_jobs_and_an_apply_do_not_disturb_each_other(applied, minions):
     """Each answers, and a job keeps the modules it began with."""
     words = applied.call("slmdb_runner.command", "test.sleep", "4")
