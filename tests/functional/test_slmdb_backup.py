@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
+from tests.support import backups
 from tests.support import world as worlds
 
-REPOSITORY = Path("/var/lib/pgbackrest")
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
-PILLAR = {"slm_database": {"backup": {"enabled": True}}}
 OFF = {"slm_database": {"backup": {"enabled": False}}}
 STATES = ("slmdb_backup.configured", "slmdb_backup.present", "slmdb_backup.scheduled")
 CRON = Path("/etc/cron.d/autobot-slm-backup")
@@ -29,17 +28,12 @@ def archiving(minions):
     """A running server that archives to a repository which does not know it yet."""
     if "archiving" not in worlds.STATE["snapshots"]:
         worlds.fresh()  # a snapshot has no other below it
-        minion = minions(PILLAR)
+        minion = minions(backups.PILLAR)
         minion.call("slmdb_instance.apply")
         assert all(result.result for result in run(minion, *FIRST).values())
-        minion.call("slmdb_server.forget")
-        minion.call("slmdb_service.stop")
-        worlds.keep("archiving")
-    worlds.fresh("archiving")
-    minion = minions(PILLAR)
-    minion.call("slmdb_service.start")
-    yield minion
-    minion.call("slmdb_server.forget")
+        backups.keep(minion, "archiving")
+    with backups.woken(minions, backups.PILLAR, "archiving") as minion:
+        yield minion
 
 
 @pytest.fixture
@@ -134,11 +128,7 @@ def test_verify_finds_a_flipped_byte(ready):
     """A sound repository is right; one byte less and it is not."""
     ready.call("slmdb_backup.create")
     assert ready.call("slmdb_backup.verify")["right"] is True
-    files = [path for path in REPOSITORY.rglob("*") if path.is_file() and "pg_data" in str(path)]
-    victim = max(files, key=lambda path: path.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(bytes(data))
+    backups.flip(backups.largest_file())
     found = ready.call("slmdb_backup.verify")
     assert found["right"] is False and found["problems"]
 
@@ -196,25 +186,25 @@ def test_a_time_of_the_week_is_said_in_both_languages(shared_server, when, calen
 def test_a_full_disk_is_refused_before_the_backup(ready):
     """The repository's disk is asked first."""
     ready.call("slmdb_backup.create")
-    subprocess.run(["cp", "-a", str(REPOSITORY), "/var/lib/kept"], check=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0755", "tmpfs", str(REPOSITORY)]
+    subprocess.run(["cp", "-a", str(backups.REPOSITORY), "/var/lib/kept"], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=0755", "tmpfs", str(backups.REPOSITORY)]
     subprocess.run(mount, check=True)
     try:
-        subprocess.run(["cp", "-a", "/var/lib/kept/.", str(REPOSITORY)], check=True)
-        free = os.statvfs(REPOSITORY)
+        subprocess.run(["cp", "-a", "/var/lib/kept/.", str(backups.REPOSITORY)], check=True)
+        free = os.statvfs(backups.REPOSITORY)
         filler = bytes(free.f_bavail * free.f_frsize - 1024**2)
-        (REPOSITORY / "filler").write_bytes(filler)
+        (backups.REPOSITORY / "filler").write_bytes(filler)
         with pytest.raises(CommandExecutionError, match="MiB free"):
             ready.call("slmdb_backup.create", "full")
         assert len(ready.call("slmdb_backup.list")) == 1
         assert ready.call("slmdb_server.available") is True
     finally:
-        subprocess.run(["umount", "--lazy", str(REPOSITORY)], check=True)
+        subprocess.run(["umount", "--lazy", str(backups.REPOSITORY)], check=True)
 
 
 def test_a_server_that_does_not_archive_yet_says_why(server, minions):
     """archive_mode waits for a restart, as every such setting does."""
-    minions(PILLAR)
+    minions(backups.PILLAR)
     assert all(result.result for result in run(server, *FIRST[:2], *STATES).values())
     with pytest.raises(CommandExecutionError, match="archive_mode waits for a restart"):
         server.call("slmdb_backup.create")
@@ -230,7 +220,7 @@ def test_clean_keeps_the_repository_and_its_key(ready):
     assert ready.state("slmdb_backup.absent").result is True
     assert ready.state("slmdb_backup.absent").changes == {}
     assert not Path("/etc/pgbackrest/autobot-slm.conf").exists()
-    assert KEY.exists() and (REPOSITORY / "backup").is_dir()
+    assert KEY.exists() and (backups.REPOSITORY / "backup").is_dir()
 
 
 def test_the_whole_formula_with_backups(bare, minions):
@@ -251,10 +241,10 @@ def test_the_whole_formula_with_backups(bare, minions):
 
 def test_a_maintenance_makes_a_backup_first(bare, minions):
     """Before what is parked is done there is a backup of the moment."""
-    minion = minions(PILLAR)
+    minion = minions(backups.PILLAR)
     worlds.forget_updates()
     assert all(one["result"] for one in minion.call("state.apply", "slm_database").raw.values())
-    settings = {**PILLAR["slm_database"], "settings": {"max_connections": 37}}
+    settings = {**backups.PILLAR["slm_database"], "settings": {"max_connections": 37}}
     minion.tell({"slm_database": {**settings, "maintenance": {"approve": True}}})
     assert minion.state("slmdb_config.applied").result is True
     done = minion.state("slmdb_maintenance.done")

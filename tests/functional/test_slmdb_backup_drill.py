@@ -14,53 +14,33 @@ from pathlib import Path
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from tests.support import world as worlds
+from tests.support import backups
 
 PILLAR = {"slm_database": {"backup": {"enabled": True, "drill": {"keep_free": "0%"}}}}
-STATES = (
-    "slmdb_config.applied",
-    "slmdb_access.applied",
-    "slmdb_service.running",
-    "slmdb_backup.configured",
-    "slmdb_backup.present",
-    "slmdb_runner.present",
-    "slmdb_record.present",
-)
 RECORD = Path("/var/lib/autobot-slm-database/drill.json")
 LOCK = Path("/var/lib/autobot-slm-database/drill.lock")
 DIRECTORY = Path("/var/lib/postgresql/15/.autobot-slm-drill")
-REPOSITORY = Path("/var/lib/pgbackrest")
+
+
+TABLES = (
+    "CREATE TABLE log (id serial PRIMARY KEY, entry text)",
+    "INSERT INTO log (entry) SELECT repeat('x', n) FROM generate_series(1, 5000) n",
+    "CREATE TABLE quiet AS SELECT n FROM generate_series(1, 1000) n",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _backed_up(minions):
     """A host with some data and a backup, kept for the tests of this module."""
-    worlds.fresh()
-    minion = minions(PILLAR)
-    minion.call("slmdb_instance.apply")
-    for state in STATES:
-        result = minion.state(state)
-        assert result.result is True, result
-    execute = "slmdb_server.execute"
-    minion.call(execute, "CREATE TABLE log (id serial PRIMARY KEY, entry text)")
-    minion.call(
-        execute, "INSERT INTO log (entry) SELECT repeat('x', n) FROM generate_series(1, 5000) n"
-    )
-    minion.call(execute, "CREATE TABLE quiet AS SELECT n FROM generate_series(1, 1000) n")
-    minion.call("slmdb_backup.create")
-    minion.call("slmdb_server.forget")
-    minion.call("slmdb_service.stop")
-    worlds.keep("drilled")
+    states = ("slmdb_runner.present", "slmdb_record.present")
+    backups.make(minions, PILLAR, "drilled", TABLES, *states)
 
 
 @pytest.fixture
 def host(minions):
     """That host, running; whatever becomes of a drill, nothing of it is left."""
-    worlds.fresh("drilled")
-    minion = minions(PILLAR)
-    minion.call("slmdb_service.start")
-    yield minion
-    minion.call("slmdb_server.forget")
+    with backups.woken(minions, PILLAR, "drilled") as minion:
+        yield minion
     assert not DIRECTORY.exists() and not Path("/run/autobot-slm-drill").exists()
     assert minion.call("slmdb_backup_scratch.processes", str(DIRECTORY)) == []
     assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
@@ -122,11 +102,7 @@ def test_a_flipped_byte_is_found(host):
     """pgBackRest compares each file with its checksum; the last proof is remembered."""
     host.call("slmdb_backup.drill")
     proven = host.call("slmdb_backup_drill.last")["proven"]
-    files = [path for path in REPOSITORY.rglob("*") if path.is_file() and "pg_data" in str(path)]
-    victim = max(files, key=lambda path: path.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(bytes(data))
+    backups.flip(backups.largest_file())
     answer = host.call("slmdb_backup.drill")
     assert answer["proven"] is False
     assert len(answer["problems"]) == 1 and "pgbackrest restore" in answer["problems"][0]
@@ -141,7 +117,7 @@ def test_a_missing_segment_is_found(host):
     lost = host.call("slmdb_backup.settle")["wal"]
     execute(host, "INSERT INTO quiet VALUES (-2)")
     host.call("slmdb_backup.settle")
-    (segment,) = (path for path in REPOSITORY.rglob(f"{lost}-*") if path.is_file())
+    (segment,) = (path for path in backups.REPOSITORY.rglob(f"{lost}-*") if path.is_file())
     segment.unlink()
     answer = host.call("slmdb_backup.drill")
     assert answer["proven"] is False
@@ -247,7 +223,7 @@ def test_a_killed_drill_is_cleaned_up_by_the_next(host, moment):
 
 def test_a_drill_that_fails_in_a_timer_says_why(host):
     """The status is 1 and the line that says what is in what it prints."""
-    for path in (REPOSITORY / "backup").rglob("backup.manifest*"):
+    for path in (backups.REPOSITORY / "backup").rglob("backup.manifest*"):
         path.write_bytes(b"nothing")
     job = begun(host, lambda: True)
     said = job.communicate()[0]

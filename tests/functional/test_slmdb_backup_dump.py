@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
+from tests.support import backups
 from tests.support import world as worlds
 
 DUMPS = Path("/var/lib/autobot-slm-database/dumps")
@@ -30,19 +31,14 @@ def _applied(minions):
     assert [one["comment"] for one in chunks if one["result"] is False] == []
     for database in ("autobot_slm", ODD):
         minion.call("slmdb_server.execute", TABLE, database=database)
-    minion.call("slmdb_server.forget")
-    minion.call("slmdb_service.stop")
-    worlds.keep("dumpable")
+    backups.keep(minion, "dumpable")
 
 
 @pytest.fixture
 def host(minions):
     """That host, running."""
-    worlds.fresh("dumpable")
-    minion = minions(PILLAR)
-    minion.call("slmdb_service.start")
-    yield minion
-    minion.call("slmdb_server.forget")
+    with backups.woken(minions, PILLAR, "dumpable") as minion:
+        yield minion
 
 
 def postgres(*words: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 from salt.exceptions import CommandExecutionError
 
 from tests.functional.test_slm_database import begin_applied
+from tests.support import backups
 from tests.support import world as worlds
 
 REPOSITORY = Path("/var/lib/pgbackrest")
@@ -38,14 +39,9 @@ def backed_up(host, minions):
     """The same with one backup; made once, and kept."""
     if "with a backup" not in worlds.STATE["snapshots"]:
         host.call("slmdb_backup.create")
-        host.call("slmdb_server.forget")
-        host.call("slmdb_service.stop")
-        worlds.keep("with a backup")
-    worlds.fresh("with a backup")
-    minion = minions()
-    minion.call("slmdb_service.start")
-    yield minion
-    minion.call("slmdb_server.forget")
+        backups.keep(host, "with a backup")
+    with backups.woken(minions, None, "with a backup") as minion:
+        yield minion
 
 
 def ask(minion):
@@ -198,10 +194,8 @@ def test_a_dead_repository_does_not_fill_the_disk(host, minions):
 @pytest.mark.once
 def test_what_verify_found_stays_said_until_it_is_right(backed_up):
     """A flipped byte, and the byte put back."""
-    files = [path for path in BACKUPS.rglob("*") if path.is_file() and "pg_data" in str(path)]
-    victim = max(files, key=lambda path: path.stat().st_size)
-    kept = victim.read_bytes()
-    victim.write_bytes(kept[:-9] + bytes([kept[-9] ^ 1]) + kept[-8:])
+    victim = backups.largest_file()
+    kept = backups.flip(victim)
     backed_up.call("slmdb_backup.verify")
     assert "verify of 20" in said(backed_up)
     victim.write_bytes(kept)

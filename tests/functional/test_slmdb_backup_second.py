@@ -13,7 +13,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 from tests.functional.test_slm_database import begin_applied
 from tests.functional.test_slmdb_backup_health import buried
 from tests.functional.test_slmdb_restore import entries
-from tests.support import s3
+from tests.support import backups, s3
 from tests.support import world as worlds
 
 FIRST, SECOND = Path("/var/lib/pgbackrest"), Path("/srv/second")
@@ -36,14 +36,9 @@ def host(minions):
             assert result.result is True, result.comment
             assert result.changes == announced.changes
             assert minion.state(state).changes == {}
-        minion.call("slmdb_server.forget")
-        minion.call("slmdb_service.stop")
-        worlds.keep("with a second")
-    worlds.fresh("with a second")
-    minion = minions(PILLAR)
-    minion.call("slmdb_service.start")
-    yield minion
-    minion.call("slmdb_server.forget")
+        backups.keep(minion, "with a second")
+    with backups.woken(minions, PILLAR, "with a second") as minion:
+        yield minion
 
 
 def dead(directory):

@@ -10,43 +10,22 @@ import psycopg2
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from tests.support import world as worlds
+from tests.support import backups
 
-PILLAR = {"slm_database": {"backup": {"enabled": True}}}
-STATES = (
-    "slmdb_config.applied",
-    "slmdb_access.applied",
-    "slmdb_service.running",
-    "slmdb_backup.configured",
-    "slmdb_backup.present",
-)
+TABLE = ("CREATE TABLE log (entry text)", "INSERT INTO log VALUES ('before the backup')")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _backed_up(minions):
     """A host with a table of one row and a backup, kept for the tests of this module."""
-    worlds.fresh()
-    minion = minions(PILLAR)
-    minion.call("slmdb_instance.apply")
-    for state in STATES:
-        result = minion.state(state)
-        assert result.result is True, result
-    minion.call("slmdb_server.execute", "CREATE TABLE log (entry text)")
-    write(minion, "before the backup")
-    minion.call("slmdb_backup.create")
-    minion.call("slmdb_server.forget")
-    minion.call("slmdb_service.stop")
-    worlds.keep("backed up")
+    backups.make(minions, backups.PILLAR, "backed up", TABLE)
 
 
 @pytest.fixture
 def host(minions):
     """That host, running."""
-    worlds.fresh("backed up")
-    minion = minions(PILLAR)
-    minion.call("slmdb_service.start")
-    yield minion
-    minion.call("slmdb_server.forget")
+    with backups.woken(minions, backups.PILLAR, "backed up") as minion:
+        yield minion
 
 
 def movable(minion):
@@ -202,13 +181,7 @@ def test_data_that_cannot_be_moved_aside_stays(host):
 @pytest.mark.once
 def test_a_corrupt_repository_stops_nothing(host):
     """The files are restored before the server is."""
-    files = [path for path in Path("/var/lib/pgbackrest/backup").rglob("*") if path.is_file()]
-    victim = max(
-        (one for one in files if "pg_data" in str(one)), key=lambda one: one.stat().st_size
-    )
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(bytes(data))
+    backups.flip(backups.largest_file())
     pid = host.call("slmdb_instance.facts")["pid"]
     with pytest.raises(CommandExecutionError, match="pgbackrest restore"):
         host.call("slmdb_backup.restore", in_place="15/main")
