@@ -26,6 +26,7 @@ ANSWERED = "/var/lib/autobot-slm-database/repository-2.json"
 # As much of a log as a week of backups, or a night of failures, writes.
 TAIL = 256 * 1024
 PATIENCE = 0.5
+DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free, as for the data's disk
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
 LABEL = re.compile(r"\d{8}-\d{6}F(?:_\d{8}-\d{6}[DI])?")
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ P\d+ +[A-Z]+: (.*)")
@@ -50,7 +51,8 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
         The row of ``pg_stat_archiver`` that the report's query has; ``None``: not known.
 
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
-    ``repository``, ``where``, ``local``, ``there``, ``backups``, ``last`` and ``failed``), ``wal``
+    ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
+    ``last`` and ``failed``), ``wal``
     (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``),
     ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
     ``CommandExecutionError`` if the settings cannot be told.
@@ -131,7 +133,8 @@ def _repository(row: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
     number = row["repository"]
     ours = [run for run in runs if run["repository"] == number and "at" in run]
     made = [run for run in ours if run["done"] and "label" in run]
-    answer = {**row, "there": None, "backups": None, "last": None, "failed": None}
+    known = ("there", "backups", "free_percent", "last", "failed")
+    answer = {**row, **dict.fromkeys(known)}
     if row["local"]:
         answer.update(_listed(row["path"], {run["label"]: run for run in made}))
     elif row["type"] == "host":
@@ -190,11 +193,17 @@ def _last(label: str, at: float, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _free_percent(directory: str) -> float:
+    seen = os.statvfs(directory)
+    return round(100 * seen.f_bavail / (seen.f_blocks or 1), 1)
+
+
 def _look(directory: str, found: dict[str, Any]) -> None:
     """Read a directory of backups; one is complete once its manifest is there."""
     complete = {}
     try:
         found["there"] = os.path.exists(f"{directory}/backup.info")
+        found["free_percent"] = _free_percent(directory)
         for name in os.listdir(directory):
             if LABEL.fullmatch(name):
                 with contextlib.suppress(OSError):
@@ -218,6 +227,7 @@ def _listed(path: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "there": found["there"],
         "backups": len(complete),
+        "free_percent": found.get("free_percent"),
         "last": _last(last, complete[last], runs.get(last, {})) if last else None,
     }
 
@@ -390,6 +400,10 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
         yield False, f"{name} was asked {_words(asked)} ago; slmdb_backup.info asks it"
     if last and last["damaged"]:
         yield True, f"{name}: backup {last['label']} holds pages whose checksum is wrong"
+    free = row.get("free_percent")
+    if free is not None and free < DISK_WARNING:
+        line = f"{name}: its disk has {free} % free; make room, or lower backup:retention"
+        yield free < DISK_PROBLEM, line
     if row["failed"]:
         failed = row["failed"]
         yield False, f"{name}: the backup of {failed['at']} failed: {failed['reason']}"

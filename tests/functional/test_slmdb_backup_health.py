@@ -191,6 +191,25 @@ def test_a_dead_repository_does_not_fill_the_disk(host, minions):
     assert said(host) == ""
 
 
+def test_a_repository_s_disk_that_fills_up_is_said(backed_up):
+    """First as a warning, then as a problem; its backups are told as before."""
+    subprocess.run(["cp", "-a", str(REPOSITORY), "/var/lib/kept"], check=True)
+    options = "size=64m,mode=0750,uid=postgres,gid=postgres"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(REPOSITORY)]
+    subprocess.run(mount, check=True)
+    try:
+        subprocess.run(["cp", "-a", "/var/lib/kept/.", str(REPOSITORY)], check=True)
+        for left, kind in ((0.06, "warnings"), (0.01, "problems")):
+            disk = os.statvfs(REPOSITORY)
+            free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+            (REPOSITORY / kind).write_bytes(bytes(int(free - left * size)))
+            assert "repository 1 (/var/lib/pgbackrest): its disk has" in said(backed_up, kind)
+            assert "no backup yet" not in said(backed_up, "warnings")
+    finally:
+        subprocess.run(["umount", "--lazy", str(REPOSITORY)], check=True)
+    assert "its disk" not in said(backed_up) + said(backed_up, "warnings")
+
+
 @pytest.mark.once
 def test_what_verify_found_stays_said_until_it_is_right(backed_up):
     """A flipped byte, and the byte put back."""
