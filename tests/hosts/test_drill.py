@@ -11,6 +11,7 @@ from tests.support.host import FORMULA
 
 PILLAR = "slm_database: {backup: {enabled: true, drill: {keep_free: 0%}}, health: {timeout: 30}}\n"
 UNIT = "autobot-slm-backup-drill"
+DUMPS = "/var/lib/autobot-slm-database/dumps"
 RECORD = "/var/lib/autobot-slm-database/drill.json"
 
 
@@ -35,6 +36,25 @@ def test_the_timers_wait(host):
         assert f"autobot-slm-backup-{job}.timer" in listed
     units = [f"autobot-slm-backup-{job}.service" for job in ("full", "dump", "drill")]
     host.run(["systemd-analyze", "verify", *units])
+
+
+def test_the_dump_s_timer_makes_a_dump(host):
+    """Fired by its calendar, here within seconds; pg_restore reads what it left, whole."""
+    timer = "autobot-slm-backup-dump.timer"
+    assert "*-*-* 03:00:00" in host.run(f"systemctl show -p TimersCalendar {timer}").stdout
+    soon = "[Timer]\nOnCalendar=\nOnCalendar=*-*-* *:*:0/2\nAccuracySec=100ms\n"
+    host.write(f"/run/systemd/system/{timer}.d/soon.conf", soon)
+    host.run(f"systemctl daemon-reload && systemctl restart {timer}")
+    host.until(f"ls {DUMPS}/*/globals.sql", patience=60)
+    host.run(f"rm -r /run/systemd/system/{timer}.d && systemctl daemon-reload")
+    host.run(f"systemctl restart {timer}")
+    host.until("! systemctl is-active autobot-slm-backup-dump.service")
+    name = host.run(f"ls {DUMPS}").stdout.split()[0]
+    said = host.run(f"runuser -u postgres -- pg_restore -f - {DUMPS}/{name}/autobot_slm.dump")
+    assert "PostgreSQL database dump complete" in said.stdout
+    assert "ROLE autobot_slm" in host.read(f"{DUMPS}/{name}/globals.sql")
+    assert host.run("systemctl --failed --no-legend").stdout == ""
+    assert host.run("journalctl -q -o cat -u autobot-slm-backup-dump -p warning").stdout == ""
 
 
 def test_the_drill_s_unit_proves_the_backup(host):

@@ -22,6 +22,7 @@ RESTORING = (
     "for one in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$one; echo; done 2>/dev/null "
     "| grep -qE '^(/usr/bin/pgbackrest .* restore|[^ ]*/pg_ctl start) '"
 )
+GUIDE = documents.CHECKOUT / "docs/backup.md"
 COMMAND = "bin/recover /root/slm-copy.age /root/identity.txt"
 
 
@@ -80,8 +81,7 @@ def host(boot, lost, key_pair):
 @pytest.fixture(scope="module")
 def recovered(host):
     """The one command, as the guide has it; it is interrupted once, then repeated."""
-    guide = (documents.CHECKOUT / "docs/backup.md").read_text()
-    assert f"\n{COMMAND}\n" in guide
+    assert documents.commands(GUIDE, "lost") == [COMMAND]
     command = f"cd {FORMULA} && {COMMAND}"
     host.run(f"setsid bash -c '{command}' >/root/first.log 2>&1 & echo $! >/root/first", timeout=30)
     host.until(f"{RESTORING} || ! kill -0 $(cat /root/first)", patience=600)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 
@@ -86,8 +85,7 @@ def migrate(host, *arguments, check=True):
 
 def guide():
     """The commands of the guide that need a deployed backend."""
-    blocks = re.findall(r"^```console backend\n(.*?)^```$", GUIDE.read_text(), re.M | re.S)
-    return [line[2:] for block in blocks for line in block.splitlines()]
+    return documents.commands(GUIDE, "backend")
 
 
 def test_a_migration_as_the_guide_says(host):

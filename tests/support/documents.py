@@ -8,7 +8,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 REMOTE = ("salt", "salt-ssh")
-_BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def documents() -> list[Path]:
@@ -16,10 +16,20 @@ def documents() -> list[Path]:
     return [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 
 
-def commands(document: Path) -> list[str]:
-    """Return what a document types at a root prompt, in its order."""
-    blocks = _BLOCK.findall(document.read_text())
-    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("# ")]
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """Return what is written behind the fence of each block of a document, and the block."""
+    return _BLOCK.findall(document.read_text())
+
+
+def commands(document: Path, scene: str = "") -> list[str]:
+    """
+    Return what a document types at a root prompt, in its order.
+
+    A scene is named behind the word `console`: something that does not happen on every host.
+    """
+    fence = f"console {scene}".strip()
+    lines = [line for one, text in blocks(document) if one == fence for line in text.splitlines()]
+    return [line[2:] for line in lines if line.startswith("# ")]
 
 
 def local(document: Path) -> list[str]:
