@@ -202,8 +202,8 @@ def settings() -> dict:
         remembered = _remembered()
         if remembered:
             return remembered
-    # The pillar of a run is one object that nobody changes; to compare its content at every call
-    # would cost more than the calls.
+    # Salt makes another object of every pillar, and a run has a context of its own: to compare the
+    # content at every call would cost more than the calls.
     told, merged = __context__.get("slmdb_settings", (None, None))
     if merged is None or told is not given:
         # salt-ssh has the files of the formula in a state run only; the record holds every setting.

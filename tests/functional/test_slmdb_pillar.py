@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from pathlib import Path
@@ -11,6 +12,13 @@ import pytest
 
 from tests.support import world as worlds
 
+RECORD = Path("/var/lib/autobot-slm-database/settings.json")
+RECORDING = """
+include: [slm_database.check]
+The settings are recorded:
+  slmdb_record.present:
+    - require: [{sls: slm_database.check}]
+"""
 BAD = {
     "a list": [1],
     "a text": "port: 5432",
@@ -80,6 +88,56 @@ def test_settings_are_pillar_over_the_release_over_the_defaults(bare, minions):
     assert minion.call("slmdb_pillar.get", "settings") == {"jit": True}
     release = minion.call("slmdb_pillar.get", "distribution", "version")
     assert release == {"12": "15", "13": "17"}[minion.call("grains.get", "osrelease").split(".")[0]]
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory, minions):
+    """Give a minion that has an SLS which only records what it is told, beside the formula."""
+    directory = tmp_path_factory.mktemp("roots")
+    (directory / "recording.sls").write_text(RECORDING)
+    roots = {"base": [str(Path(__file__).resolve().parents[2]), str(directory)]}
+    return lambda pillar=None: minions(pillar, file_roots=roots)
+
+
+def _record(minion, told=None) -> dict:
+    """What a run records, told something on its command line."""
+    words = {"pillar": {"slm_database": told}} if told else {}
+    run = minion.call("state.apply", "recording", **words)
+    assert [one["comment"] for one in run.raw.values() if one["result"] is False] == []
+    return json.loads(RECORD.read_text())
+
+
+def test_what_one_run_is_told_no_other_hears(instance, recording):
+    """In one process: neither a later run nor a report has the pillar of the command line."""
+    minion = recording({"slm_database": {"port": 5440}})
+    for told in ({"port": 5441, "role": "one"}, {"port": 5442, "database": "two"}, {}):
+        assert minion.call("slmdb_pillar.get", "port") == 5440
+        expected = {"port": 5440, "role": "autobot_slm", "database": "autobot_slm", **told}
+        recorded = _record(minion, told)
+        assert {key: recorded[key] for key in expected} == expected
+
+
+def test_a_report_after_a_run_reads_the_record(instance, recording):
+    """In the process of a run on a host whose pillar says nothing of us."""
+    minion = recording()
+    assert minion.call("slmdb_pillar.get", "port") == 5432
+    for port in (5441, 5442):
+        assert _record(minion, {"port": port})["port"] == port
+        assert minion.call("slmdb_pillar.get", "port") == port
+    assert _record(minion)["port"] == 5432
+    assert minion.call("slmdb_pillar.get", "port") == 5432
+
+
+def test_a_pillar_that_was_refreshed_counts_at_once(instance, minions):
+    """Salt puts another object in the old one's place; what was merged of that is not used."""
+    minion = minions({"slm_database": {"port": 5440, "role": "one"}})
+    assert minion.call("slmdb_pillar.get", "port") == 5440
+    minion.modules.pack["__pillar__"] = {"slm_database": {"port": 5441}}
+    try:
+        assert minion.call("slmdb_pillar.get", "port") == 5441
+        assert minion.call("slmdb_pillar.get", "role") == "autobot_slm"
+    finally:
+        minion.modules.pack["__pillar__"] = minion.loaders.opts["pillar"]
 
 
 @pytest.mark.parametrize("keys", [("nothing",), ("secret", "nothing"), ("port", "deeper")])
