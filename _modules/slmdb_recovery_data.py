@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -210,9 +211,19 @@ def _replay() -> None:
     command = [f"{found['bin_directory']}/pg_ctl", "start", "-D", data, "-w", "-t", str(FOREVER)]
     try:
         _as_server(*command, "-l", log, "-o", words)
+        _until_replayed(found)
     except CommandExecutionError as err:
         raise CommandExecutionError(_last_words(log, before) or str(err)) from None
     _stop(found)
+
+
+def _until_replayed(found: dict[str, Any]) -> None:
+    """What pg_ctl waits for is the beginning; how long it takes until the end, nobody can say."""
+    program, data = f"{found['bin_directory']}/pg_controldata", found["data_directory"]
+    while not re.search(r"cluster state: +in production", _run(program, data)):
+        if not __salt__["slmdb_instance.facts"]()["running"]:
+            raise CommandExecutionError("the restored server ended before the WAL did")
+        time.sleep(0.2)
 
 
 def _last_words(log: str, offset: int) -> str | None:

@@ -137,6 +137,17 @@ def test_what_is_announced(other, lost):
     assert other.state("slmdb_recovery.restored").changes == {}
 
 
+def test_all_wal_is_replayed_before_the_server_is_ours(other, lost):
+    """Not only begun: the server is whole when it is stopped, and takes a write when it starts."""
+    unpack(other, lost)
+    assert other.state("slmdb_recovery.restored").result is True
+    words = ["/usr/lib/postgresql/15/bin/pg_controldata", str(DATA)]
+    said = subprocess.run(words, check=True, capture_output=True, text=True, env={"LC_ALL": "C"})
+    state = next(line for line in said.stdout.splitlines() if "cluster state" in line)
+    assert state.endswith(" shut down")
+    assert not (DATA / "recovery.signal").exists()
+
+
 @pytest.mark.once
 def test_a_run_of_the_formula_makes_no_empty_instance_meanwhile(other, lost):
     """Between the two steps the ordinary run stops."""
