@@ -418,7 +418,8 @@ def drill(repository: int | None = None) -> dict[str, Any]:
         salt-call slmdb_backup.drill
 
     repository
-        Its number; ``None``: the one whose last drill is the longest ago.
+        Its number; ``None``: of those that have a backup the one whose last drill is the longest
+        ago.
 
     Returns ``proven``, ``problems`` (lines), ``label``, ``repository``, ``at`` (UTC),
     ``rpo_seconds``, ``rto_seconds`` and more, and remembers it. The return code is 1 if it is not

@@ -29,6 +29,7 @@ STATE = "/var/lib/autobot-slm-database/copy.json"
 MANIFEST = "manifest.json"
 FORMAT = 1
 FILES_OF_TLS = ("ssl_cert_file", "ssl_key_file", "ssl_ca_file", "ssl_crl_file")
+FILES_OF_REPOSITORY = ("ca_file", "private_key_file", "known_hosts")
 
 
 def __virtual__() -> str:
@@ -54,7 +55,15 @@ def _named_by_settings() -> list[str]:
     """Files of the operator's that the instance or its repository is told to use."""
     settings = _get("settings")
     named = [settings.get(name) for name in FILES_OF_TLS] + [_get("pgdg", "key")]
+    named += [_get("backup", "second", name) for name in FILES_OF_REPOSITORY]
     return [path for path in named if isinstance(path, str) and path.startswith("/")]
+
+
+def _own_of_ssh(user: str) -> list[str]:
+    """What lets the server's user into the second repository, where that is over SSH."""
+    if _get("backup", "second", "type") not in ("host", "sftp"):
+        return []
+    return _below(os.path.join(os.path.expanduser(f"~{user}"), ".ssh"))
 
 
 def _paths() -> list[str]:
@@ -62,6 +71,7 @@ def _paths() -> list[str]:
     found = __salt__["slmdb_instance.facts"]()
     paths = [*_secret_files(), *_below(KEYS), __salt__["slmdb_pillar.record"]()]
     paths += [*_below(found["config_directory"]), *_named_by_settings()]
+    paths += _own_of_ssh(found["user"])
     return [path for path in dict.fromkeys(paths) if _is_plain(path)]
 
 

@@ -156,17 +156,28 @@ def _last_in_line() -> Iterator[None]:
 
 
 def _turn(wanted: int | None) -> int:
-    """The repository that is asked for, else the one whose last drill is the longest ago."""
+    """
+    The repository that is asked for, else, of those that have a backup, the one whose last drill is
+    the longest ago: so each is proven in its turn, and one that is dead or new stops no drill.
+    """
     numbers = __salt__["slmdb_pgbackrest.repositories"]()
     drilled = _record().get("drilled", {})
     if wanted is None:
-        return min(numbers, key=lambda number: (drilled.get(str(number), ""), number))
+        usable = _with_backups() or set(numbers)
+        return min(usable, key=lambda number: (drilled.get(str(number), ""), number))
     if wanted not in numbers:
         allowed = ", ".join(str(number) for number in numbers)
         raise SaltInvocationError(
             f"repository: there is no repository {wanted!r}; allowed: {allowed}"
         )
     return wanted
+
+
+def _with_backups() -> set[int]:
+    try:
+        return {row["repository"] for row in __salt__["slmdb_backup.list"]()}
+    except CommandExecutionError:
+        return set()  # the drill itself fails with the reason, and that is remembered
 
 
 def _tell(step: str, state: str, said: str = "") -> None:
@@ -195,7 +206,8 @@ def run(repository: int | None = None) -> dict[str, Any]:
         salt-call slmdb_backup.drill
 
     repository
-        Its number; ``None``: the one whose last drill is the longest ago.
+        Its number; ``None``: of those that have a backup the one whose last drill is the longest
+        ago.
 
     Returns ``at`` (UTC), ``proven``, ``problems`` (lines), ``label``, ``repository``, ``marker``
     (its transaction and WAL segment), ``rpo_seconds``, ``rto_seconds``, ``seconds``, ``network``

@@ -387,7 +387,7 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
     name = f"repository {row['repository']} ({row['where']})"
     limit, last = limits["backup"], row["last"]
     if row["there"] is False:
-        yield True, f"{name} is not there; bring it back, or state.apply slm_database.backup"
+        yield True, f"{name} is not there; bring it back (is it mounted?)"
     elif last is None:
         late = age > _limit(limit)
         since = f" for {_words(age)}, limit {limit}" if late else ""

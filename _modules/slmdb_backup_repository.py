@@ -270,8 +270,11 @@ def refuse_another(number: int, history: list[dict[str, Any]]) -> None:
     history
         The instances that it knows, as pgBackRest lists them.
 
-    Raises ``CommandExecutionError`` that names both; nothing while the server does not answer.
+    Raises ``CommandExecutionError`` that names both; nothing while the server does not answer. One
+    that knows no instance is refused if it knew ours before.
     """
+    if not history:
+        __salt__["slmdb_backup_presence.refuse_gone"](number)
     if not history or not __salt__["slmdb_server.available"]():
         return
     query = "SELECT system_identifier::text AS id FROM pg_control_system()"

@@ -31,6 +31,13 @@ _PROMISES: dict[str, tuple[str | None, str]] = {
     "track_counts": ("off", "autovacuum needs it"),
     "krb_server_keyfile": (None, "no access rule of the formula uses it"),
 }
+# The same of what backups need, while there are any.
+_ARCHIVING: dict[str, tuple[str | None, str]] = {
+    "wal_level": ("minimal", "it cannot be archived"),
+    "archive_mode": ("off", "no WAL would be archived"),
+    "archive_command": (None, "WAL would be archived elsewhere"),
+    "archive_library": (None, "WAL would be archived elsewhere"),
+}
 _FILES = ("ssl_cert_file", "ssl_key_file", "ssl_ca_file", "ssl_crl_file", "ssl_dh_params_file")
 # What a session takes besides work_mem, roughly; and what sessions may take, all together.
 _SESSION = 2 * 1024**2
@@ -63,13 +70,32 @@ def promises(settings: dict[str, Any], allowed: list[str], data_directory: str) 
     found = []
     permitted = {name.lower() for name in allowed}
     for name, value in sorted(settings.items()):
-        reason = _broken(name.lower(), __salt__["slmdb_conf.text"](value), data_directory)
-        if reason and name.lower() not in permitted:
+        if name.lower() in permitted:
+            continue
+        text = __salt__["slmdb_conf.text"](value)
+        unarchived = _unarchived(name.lower(), text)
+        if unarchived:
+            found.append(f"slm_database:settings:{name}: {unarchived}")
+            continue
+        reason = _broken(name.lower(), text, data_directory)
+        if reason:
             found.append(
                 f"slm_database:settings:{name}: {reason}; "
                 f"remove it, or add {name} to slm_database:allow_unsafe"
             )
     return found
+
+
+def _unarchived(name: str, value: str) -> str | None:
+    """Why backups cannot be with a setting, and what to do, in one line."""
+    forbidden, reason = _ARCHIVING.get(name, ("", ""))
+    if not reason or not __salt__["slmdb_pillar.get"]("backup", "enabled"):
+        return None
+    vartype = "bool" if forbidden == "off" else "enum"
+    if forbidden is not None and __salt__["slmdb_conf.normal"](value, vartype) != forbidden:
+        return None
+    shown = f"{forbidden} would end the backups" if forbidden else "it would end the backups"
+    return f"{shown}: {reason}; remove it, or set slm_database:backup:enabled: false"
 
 
 def _broken(name: str, value: str, data_directory: str) -> str | None:

@@ -50,6 +50,8 @@ def names() -> list[str]:
         wanted.append("pgbackrest")
         if get("backup", "copy", "recipients"):
             wanted.append("age")
+        if get("backup", "second", "type") == "host":
+            wanted.append("openssh-client")
     return wanted + [name for name in get("packages") if name not in wanted]
 
 

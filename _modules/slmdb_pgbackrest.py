@@ -169,21 +169,6 @@ def _directories() -> dict[str, tuple[str, str, int]]:
     return made
 
 
-def _refuse_lost_keys() -> None:
-    """A repository that was made with a key that is gone cannot be given another."""
-    encrypted = __salt__["slmdb_backup_repository.encrypted"]()
-    for row in __salt__["slmdb_backup_repository.described"]():
-        number, path = row["repository"], row["path"]
-        there = any(os.path.exists(KEYS[number] + end) for end in ("", KEPT))
-        if number not in encrypted or there or not row["local"]:
-            continue
-        if os.path.isdir(os.path.join(path, "archive", STANZA)):
-            raise CommandExecutionError(
-                f"slm_database:backup: {path} holds a repository but its key {KEYS[number]} is "
-                "missing; bring the copy of the key back, or move the repository away"
-            )
-
-
 def _files() -> dict[str, bytes | None]:
     """Path to the wanted content of what only root and the server read; None: no such file."""
     files: dict[str, bytes | None] = {CONFIG: config().encode()}
@@ -211,13 +196,13 @@ def differences() -> dict[str, Any]:
 
     Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs; while ``backup:enabled`` is
     false, only that limits no longer count. Raises ``CommandExecutionError`` if a repository is
-    there and its key is not.
+    there and its key is not, or one is gone that was there before.
     """
     since = __salt__["slmdb_file.differences"](SINCE, None)
     if not _get("enabled"):
         return since
     __salt__["slmdb_backup_repository.refuse_old"](PROGRAM)
-    _refuse_lost_keys()
+    __salt__["slmdb_backup_presence.refuse_lost"]()
     changes: dict[str, Any] = {} if since else {SINCE: {"old": None, "new": "present"}}
     for path in _directories():
         if not os.path.isdir(path):
@@ -424,7 +409,8 @@ def missing_stanza() -> dict[str, Any]:
         salt-call slmdb_pgbackrest.missing_stanza
 
     Returns ``{what: {"old": …, "new": …}}``, empty if they do or ``backup:enabled`` is false.
-    Raises ``CommandExecutionError`` if the first cannot be read, or one is another instance's.
+    Raises ``CommandExecutionError`` if the first cannot be read, one is another instance's, or one
+    did know it and does not any more.
     """
     if not _get("enabled"):
         return {}
@@ -433,7 +419,7 @@ def missing_stanza() -> dict[str, Any]:
         if not os.path.exists(CONFIG) or not _known(number):
             where = "" if number == 1 else f" in repository {number}"
             wanted[f"stanza {STANZA}{where}"] = {"old": None, "new": "present"}
-    return wanted
+    return {**wanted, **__salt__["slmdb_backup_presence.differences"]()}
 
 
 def _known(number: int) -> bool:
@@ -461,7 +447,10 @@ def create_stanza() -> None:
     Raises ``CommandExecutionError`` with pgBackRest's words if one of them cannot; those before it
     know the instance then.
     """
-    run("stanza-create")
+    try:
+        run("stanza-create")
+    finally:
+        __salt__["slmdb_backup_presence.remember"]()
 
 
 def leftovers() -> dict[str, Any]:

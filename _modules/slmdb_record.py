@@ -24,6 +24,7 @@ def _text() -> bytes:
     settings = copy.deepcopy(__salt__["slmdb_pillar.settings"]())
     # These are for one run; a report that reads the record must not find them again.
     settings["maintenance"]["approve"] = settings["secret"]["allow_new"] = False
+    settings["backup"]["allow_new"] = False
     return (json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n").encode()
 
 

@@ -19,7 +19,7 @@ from salt.exceptions import CommandExecutionError
 __virtualname__ = "slmdb_recovery_data"
 
 KEYS = "/etc/pgbackrest/autobot-slm"
-KEY = f"{KEYS}/key.conf"
+KEYS_OF = {1: f"{KEYS}/key.conf", 2: f"{KEYS}/key-2.conf"}
 ENCRYPTED = b"Salted__"  # how a file begins that pgBackRest encrypted
 FOREVER = 10**6
 MARGIN = 1.1
@@ -82,25 +82,39 @@ def _repository_problem() -> str | None:
     """Why nothing can be restored, as far as that is seen without running anything."""
     if not _get("backup", "enabled"):
         return "slm_database:backup:enabled: is false; there is nothing to restore from"
-    path = _get("backup", "path")
+    rows = __salt__["slmdb_backup_repository.described"]()
+    held = [row for row in rows if row["local"] and _head(row) is not None]
+    for row in held:
+        problem = _locked(row)
+        if problem:
+            return problem
+    if held or not all(row["local"] for row in rows):
+        return None
+    paths = " or ".join(row["path"] for row in rows)
+    return (
+        f"slm_database:backup:path: no repository of ours in {paths}; bring the repository "
+        "there, or say where it is"
+    )
+
+
+def _head(row: dict[str, Any]) -> bytes | None:
     stanza = __salt__["slmdb_pgbackrest.stanza"]()
-    head = __salt__["slmdb_file.read"](os.path.join(path, "backup", stanza, "backup.info"))
-    if head is None:
-        if _get("backup", "second", "type"):
-            return None
+    return __salt__["slmdb_file.read"](os.path.join(row["path"], "backup", stanza, "backup.info"))
+
+
+def _locked(row: dict[str, Any]) -> str | None:
+    """Why a repository of this host cannot be read."""
+    path, number = row["path"], row["repository"]
+    encrypted, key = (_head(row) or b"").startswith(ENCRYPTED), KEYS_OF[number]
+    if encrypted and not os.path.exists(key):
         return (
-            f"slm_database:backup:path: {path} holds no repository of ours; bring the repository "
-            "there, or say where it is"
-        )
-    encrypted = head.startswith(ENCRYPTED)
-    if encrypted and not os.path.exists(KEY):
-        return (
-            f"the repository in {path} is encrypted and its key {KEY} is missing; nobody reads it "
+            f"the repository in {path} is encrypted and its key {key} is missing; nobody reads it "
             "without that key: bring the off-host copy (bin/recover), or a copy of the key"
         )
-    if encrypted != _get("backup", "encryption"):
+    if encrypted != (number in __salt__["slmdb_backup_repository.encrypted"]()):
         seen = "encrypted" if encrypted else "not encrypted"
-        return f"slm_database:backup:encryption: the repository in {path} is {seen}; say so"
+        name = "encryption" if number == 1 else "second:encryption"
+        return f"slm_database:backup:{name}: the repository in {path} is {seen}; say so"
     return None
 
 
@@ -123,7 +137,9 @@ def apply() -> None:
     found = __salt__["slmdb_instance.facts"]()
     __salt__["slmdb_recovery.mark"]({"instance": f"{found['version']}/{found['name']}"})
     _stop(found)
-    _own(_get("backup", "path"), found["user"])
+    for row in __salt__["slmdb_backup_repository.described"]():
+        if row["local"]:
+            _own(row["path"], found["user"])
     _share_keys(found["user"])
     __salt__["slmdb_pgbackrest.apply"]()
     newest = _newest()

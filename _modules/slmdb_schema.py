@@ -188,6 +188,7 @@ SCHEMA: dict[str, Any] = {
         "enabled": "boolean",
         "path": "path",
         "encryption": "boolean",
+        "allow_new": "boolean",
         "retention": _RETENTION,
         "schedule": {
             "full": ("null", "moment"),

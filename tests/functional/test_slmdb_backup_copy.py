@@ -79,6 +79,24 @@ def test_all_that_a_new_host_needs_is_in_it(host, identity):
     assert told["system_identifier"] == str(said) and said > 2**32
 
 
+@pytest.mark.parametrize("kind", ["host", "sftp"])
+def test_what_opens_a_second_repository_over_ssh_is_in_it(host, minions, identity, kind):
+    """The usual case: the first repository is lost with the host."""
+    own, named = Path("/var/lib/postgresql/.ssh/known_hosts"), Path("/etc/ssl/private/backup-key")
+    own.parent.mkdir(mode=0o700)
+    for path in (own, named):
+        path.write_text(f"{path}\n")
+    second = {"type": kind, "host": "store", "user": "keeper"}
+    if kind == "sftp":
+        second |= {"path": "/slm", "private_key_file": str(named), "host_key_hash_type": "sha256"}
+    told = pillar([identity[1]])
+    told["slm_database"]["backup"]["second"] = second
+    minions(told).call("slmdb_backup.copy", str(COPY))
+    found = opened(identity)
+    assert found[str(own).lstrip("/")] == own.read_bytes()
+    assert (str(named).lstrip("/") in found) is (kind == "sftp")
+
+
 def test_nobody_else_can_read_it(host):
     """root's, and no secret is in it, in what is remembered of it, or in the answer."""
     answer = host.call("slmdb_backup.copy", str(COPY))

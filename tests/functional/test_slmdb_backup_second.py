@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
@@ -20,6 +21,7 @@ FIRST, SECOND = Path("/var/lib/pgbackrest"), Path("/srv/second")
 KEYS = Path("/etc/pgbackrest/autobot-slm")
 PILLAR = {"slm_database": {"backup": {"second": {"type": "path", "path": str(SECOND)}}}}
 STATES = ("slmdb_config.applied", "slmdb_backup.configured", "slmdb_backup.present")
+HELD = Path("/var/lib/autobot-slm-database/repositories.json")
 CANARY = "wJalrXUtnFEMI-canary"
 
 
@@ -121,6 +123,7 @@ def test_who_is_reached_makes_a_stanza_though_the_other_is_dead(minions):
     minion = minions(PILLAR)
     minion.call("slmdb_service.start")
     assert minion.state("slmdb_backup.configured").result is True
+    HELD.unlink()
     shutil.rmtree(FIRST / "backup")
     shutil.rmtree(FIRST / "archive")
     with dead(SECOND):
@@ -166,6 +169,114 @@ def test_another_instance_s_repository_is_not_touched(host, minions):
     assert "\n" not in result.comment
     time.sleep(1)
     assert sorted(str(path) for path in FIRST.rglob("*")) == kept
+    for directory in (FIRST, SECOND):
+        shutil.move(directory, directory.with_name("old"))
+    for state in ("slmdb_backup.configured", "slmdb_backup.present"):
+        result = host.state(state)
+        assert result.result is True, result.comment
+    assert host.state("slmdb_backup.present").changes == {}
+
+
+@pytest.mark.parametrize(("directory", "key"), [(FIRST, "path"), (SECOND, "second:path")])
+def test_a_mount_that_is_missing_is_not_begun_anew(host, directory, key):
+    """What, where, what to do, in one line; the empty directory stays so; mounted, all is well."""
+    states = ("slmdb_backup.configured", "slmdb_backup.present")
+    with buried(directory):
+        for state in states:
+            for test in (True, False):
+                refused = host.state(state, test=test)
+                assert (refused.result, refused.changes) == (False, {})
+                line = refused.comment
+                assert line.startswith(f"slm_database:backup:{key}: {directory} held the backups")
+                assert "is it mounted?" in line and "\n" not in line
+                assert "slm_database:backup:allow_new: true for one run" in line
+        write(host, "meanwhile")
+        host.call("slmdb_backup.settle")
+        assert list(directory.iterdir()) == []
+        said = " | ".join(host.call("slmdb.health", 15)["problems"])
+        assert f"({directory}) is not there; bring it back (is it mounted?)" in said
+    for state in states:
+        result = host.state(state)
+        assert (result.result, result.changes) == (True, {})
+
+
+def test_a_first_installation_waits_for_the_mount(minions):
+    """The host's own table says that it is one; nothing is written below the mount point."""
+    begin_applied(minions)
+    table = Path("/etc/fstab")
+    table.write_text("# a comment\n/dev/vda / ext4 defaults 0 1\ntmpfs /srv/second/ tmpfs ro 0 0\n")
+    minion = minions(PILLAR)
+    SECOND.mkdir(parents=True)
+    minion.call("slmdb_service.start")
+    for test in (True, False):
+        refused = minion.state("slmdb_backup.configured", test=test)
+        assert (refused.result, refused.changes) == (False, {})
+        assert refused.comment == (
+            f"slm_database:backup:second:path: {SECOND} is not mounted, /etc/fstab says that "
+            f"{SECOND} is a mount point; mount it"
+        )
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(SECOND)], check=True)
+    try:
+        for state in STATES:
+            result = minion.state(state)
+            assert result.result is True, result.comment
+    finally:
+        subprocess.run(["umount", "--lazy", str(SECOND)], check=True)
+    minion.call("slmdb_server.forget")
+
+
+@pytest.mark.parametrize("directory", [FIRST, SECOND])
+def test_what_is_lost_for_good_is_begun_anew_if_pillar_says_so(host, minions, directory):
+    """For one run; what the other repository has is still there."""
+    before = host.call("slmdb_backup.create")
+    shutil.rmtree(directory)
+    assert "allow_new" in host.state("slmdb_backup.configured").comment
+    second = PILLAR["slm_database"]["backup"]["second"]
+    minions({"slm_database": {"backup": {"second": second, "allow_new": True}}})
+    for state in ("slmdb_backup.configured", "slmdb_backup.present", "slmdb_record.present"):
+        announced = host.state(state, test=True)
+        made = host.state(state)
+        assert made.result is True and made.changes == announced.changes != {}
+    recorded = Path("/var/lib/autobot-slm-database/settings.json").read_text()
+    assert json.loads(recorded)["backup"]["allow_new"] is False
+    minions(PILLAR)
+    for state in ("slmdb_backup.configured", "slmdb_backup.present"):
+        assert host.state(state).changes == {}
+    kept = {(1, before["label"]), (2, before["others"][0]["label"])}
+    left = {one for one in kept if one[0] != (1 if directory == FIRST else 2)}
+    assert labels(host) == left
+    host.call("slmdb_backup.create")
+    assert {number for number, _ in labels(host)} == {1, 2}
+
+
+def test_a_host_from_before_learns_what_its_repositories_held(host):
+    """With one change, once."""
+    HELD.unlink()
+    announced = host.state("slmdb_backup.present", test=True)
+    assert set(announced.changes) == {str(HELD)} and not HELD.exists()
+    made = host.state("slmdb_backup.present")
+    assert (made.result, made.changes) == (True, announced.changes)
+    assert host.state("slmdb_backup.present").changes == {}
+
+
+def test_the_drill_proves_each_repository_in_its_turn(host, minions):
+    """Or the one that it is told; one that is new, or dead, is in nobody's way."""
+    second = PILLAR["slm_database"]["backup"]["second"]
+    told = {"drill": {"keep_free": "0%"}}
+    minions({"slm_database": {"backup": told}})
+    host.call("slmdb_backup.create")
+    minions({"slm_database": {"backup": {**told, "second": second}}})
+    drill = "slmdb_backup.drill"
+    for _ in range(2):
+        answer = host.call(drill)
+        assert (answer["repository"], answer["problems"]) == (1, [])
+    host.call("slmdb_backup.create")
+    assert [host.call(drill)["repository"] for _ in range(3)] == [2, 1, 2]
+    assert host.call(drill, repository=2)["repository"] == 2
+    with dead(FIRST):
+        for repository in (None, 2):
+            answer = host.call(drill, repository)
+            assert (answer["repository"], answer["problems"]) == (2, [])
 
 
 @pytest.mark.once

@@ -40,7 +40,12 @@ SETTINGS = {
     "an unknown library at login": ({"local_preload_libraries": "nosuch"}, "refuses logins"),
     "an unknown library in sessions": ({"session_preload_libraries": "nosuch"}, "refuses logins"),
     "an unknown word": ({"wal_level": "banana"}, "wal_level: .*Available values"),
-    "two that do not fit": ({"wal_level": "minimal"}, "WAL streaming"),
+    "WAL that no backup can use": (
+        {"wal_level": "MINIMAL"},
+        "wal_level: minimal would end the backups: .*slm_database:backup:enabled: false",
+    ),
+    "no archiving": ({"archive_mode": False}, "archive_mode: off would end .*backup:enabled"),
+    "archiving elsewhere": ({"archive_command": "true"}, "archive_command: .*backup:enabled"),
     "huge pages without any": ({"huge_pages": "on"}, "huge_pages: .*the kernel has"),
     "no fsync": ({"fsync": False}, "fsync: .*allow_unsafe"),
     "no full pages": ({"full_page_writes": "off"}, "full_page_writes: .*allow_unsafe"),
@@ -63,10 +68,6 @@ SETTINGS = {
     "a log nobody may write": (
         {"logging_collector": True, "log_directory": "/proc/nowhere"},
         "could not open log file",
-    ),
-    "archiving without WAL": (
-        {"archive_mode": "on", "wal_level": "minimal", "max_wal_senders": 0},
-        "archival",
     ),
 }
 EVERYBODY = {"database": "all", "user": "all"}

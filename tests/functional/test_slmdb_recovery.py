@@ -22,27 +22,31 @@ HAND_MADE = Path("/etc/postgresql/15/main/conf.d/10-mine.conf")
 class Lost:
     """What is left of a host: a directory that holds the repository, the copy and its key."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, **told):
         self.directory = directory
         self.copy, self.identity = directory / "copy.age", directory / "identity.txt"
         subprocess.run(["age-keygen", "-o", str(self.identity)], check=True, capture_output=True)
         words = ["age-keygen", "-y", str(self.identity)]
         public = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
-        backup = {"enabled": True, "copy": {"recipients": [public]}}
+        backup = {"copy": {"recipients": [public]}, **told}
         self.pillar = {"slm_database": {"port": 5444, "backup": backup}}
         self.password = self.identifier = None
 
-    def bring_repository(self):
+    def bring_repository(self, place=REPOSITORY):
         """As rsync or a mount would, with the numbers of other accounts."""
-        shutil.rmtree(REPOSITORY, ignore_errors=True)
-        subprocess.run(["cp", "-a", str(self.directory / "repository"), REPOSITORY], check=True)
-        subprocess.run(["chown", "-R", "4711:4711", str(REPOSITORY)], check=True)
+        shutil.rmtree(place, ignore_errors=True)
+        subprocess.run(["cp", "-a", str(self.directory / "repository"), place], check=True)
+        subprocess.run(["chown", "-R", "4711:4711", str(place)], check=True)
 
 
 @pytest.fixture(scope="module")
 def lost(minions, tmp_path_factory):
     """A host is applied, backed up, written to, copied, and gone."""
-    told = Lost(tmp_path_factory.mktemp("lost"))
+    return lose(minions, Lost(tmp_path_factory.mktemp("lost")))
+
+
+def lose(minions, told, kept=REPOSITORY):
+    """Let a host live and die; of its repositories one is kept."""
     worlds.fresh()
     secrets.write(secrets.FOREIGN)
     minion = minions(told.pillar, id="lost.19")
@@ -57,7 +61,7 @@ def lost(minions, tmp_path_factory):
     told.identifier = minion.call("slmdb_instance.system_identifier")
     minion.call("slmdb_server.forget")
     minion.call("slmdb_service.stop")
-    shutil.copytree(REPOSITORY, told.directory / "repository", symlinks=True)
+    shutil.copytree(kept, told.directory / "repository", symlinks=True)
     shutil.copytree(KEY.parent, told.directory / "key")
     return told
 
@@ -254,7 +258,7 @@ def test_no_repository(other, lost):
     unpack(other, lost)
     shutil.rmtree(REPOSITORY)
     (line,) = failures(other)
-    assert "holds no repository of ours" in line
+    assert f"no repository of ours in {REPOSITORY}; bring" in line
     assert not DATA.exists() and not REPOSITORY.exists()
 
 

@@ -15,7 +15,7 @@ from tests.support.host import FORMULA
 CASES = {
     name: ({"settings": given}, words)
     for name, (given, words) in SETTINGS.items()
-    if "allow_unsafe" not in words
+    if not re.search("allow_unsafe|backup:enabled", words)
 }
 CASES |= {
     name: ({"hba": {"before": [rule]}}, words)

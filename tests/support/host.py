@@ -230,7 +230,9 @@ def _prepare(base, wanted):
     try:
         host.start()
         host.run(f"{host.push_formula()}/bin/salt-call --version", timeout=900)
-        host.run("apt-get -q update && apt-get -qy --download-only install postgresql", timeout=600)
+        host.run("apt-get -q update", timeout=600)
+        packages = "postgresql pgbackrest openssh-server"
+        host.run(f"apt-get -qy --download-only install {packages}", timeout=600)
         host.run(f"rm -rf {FORMULA} /var/log/journal /etc/machine-id; touch /etc/machine-id")
         host.stop()
         subprocess.run(["cp", "-a", str(host.directory / "upper"), str(wanted)], check=True)

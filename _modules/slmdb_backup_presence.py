@@ -1,0 +1,192 @@
+"""
+Which repositories held our backups: one that holds nothing any more is not silently begun anew.
+
+A mount that is missing leaves an empty directory, which looks like a first installation. What was
+there is remembered on the host, so that the difference is seen; at a first installation the host's
+table of mounts says at least which are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_backup_presence"
+
+RECORD = "/var/lib/autobot-slm-database/repositories.json"
+INCLUDED = "/etc/pgbackrest/autobot-slm"
+KEYS = {1: f"{INCLUDED}/key.conf", 2: f"{INCLUDED}/key-2.conf"}
+KEPT = ".kept"
+MOUNTS = "/etc/fstab"
+INFO = ("archive/{}/archive.info", "backup/{}/backup.info")
+PATIENCE = 60
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        kept = json.loads(__salt__["slmdb_file.read"](RECORD) or b"{}")
+    except ValueError:
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _own(row: dict[str, Any]) -> dict[str, str]:
+    """A repository in another place, or of another instance, is another one."""
+    system = __salt__["slmdb_instance.system_identifier"]()
+    return {"where": row["where"], "system": str(system)}
+
+
+def _held(row: dict[str, Any]) -> bool:
+    return _remembered().get(str(row["repository"])) == _own(row)
+
+
+def there(row: dict[str, Any]) -> bool:
+    """
+    Tell whether a repository knows our stanza, of whichever instance.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_presence.there '{…}'
+
+    row
+        The repository, as ``slmdb_backup_repository.described`` has it.
+
+    One of this host is looked at, any other is asked; one that does not answer knows nothing.
+    Raises nothing.
+    """
+    if row["local"]:
+        stanza = __salt__["slmdb_pgbackrest.stanza"]()
+        paths = (os.path.join(row["path"], name.format(stanza)) for name in INFO)
+        return any(os.path.exists(path + end) for path in paths for end in ("", ".copy"))
+    try:
+        return bool(__salt__["slmdb_pgbackrest.info"](PATIENCE, row["repository"])["db"])
+    except CommandExecutionError:
+        return False
+
+
+def refuse_lost() -> None:
+    """
+    Refuse a repository of this host that is gone, or whose key is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_presence.refuse_lost
+
+    Raises ``CommandExecutionError`` with one line that says what to do.
+    """
+    encrypted = __salt__["slmdb_backup_repository.encrypted"]()
+    for row in __salt__["slmdb_backup_repository.described"]():
+        if not row["local"]:
+            continue
+        _refuse_unmounted(row)
+        if row["repository"] in encrypted:
+            _refuse_lost_key(row)
+        if not there(row):
+            refuse_gone(row["repository"])
+
+
+def _key(row: dict[str, Any]) -> str:
+    """The pillar path of where a repository is."""
+    name = "path" if row["repository"] == 1 else "second:path" if row["local"] else "second"
+    return f"slm_database:backup:{name}"
+
+
+def _refuse_unmounted(row: dict[str, Any]) -> None:
+    """What would be written below a mount point without its mount is hidden by it later."""
+    text = (__salt__["slmdb_file.read"](MOUNTS) or b"").decode(errors="replace")
+    fields = (line.split("#")[0].split() for line in text.splitlines())
+    points = [words[1].replace("\\040", " ").rstrip("/") for words in fields if len(words) > 2]
+    for point in points:
+        if point and f"{row['path']}/".startswith(f"{point}/") and not os.path.ismount(point):
+            raise CommandExecutionError(
+                f"{_key(row)}: {row['path']} is not mounted, {MOUNTS} says that {point} is a mount "
+                "point; mount it"
+            )
+
+
+def _refuse_lost_key(row: dict[str, Any]) -> None:
+    """A repository that was made with a key that is gone cannot be given another."""
+    key, stanza = KEYS[row["repository"]], __salt__["slmdb_pgbackrest.stanza"]()
+    if any(os.path.exists(key + end) for end in ("", KEPT)):
+        return
+    if os.path.isdir(os.path.join(row["path"], "archive", stanza)):
+        raise CommandExecutionError(
+            f"slm_database:backup: {row['path']} holds a repository but its key {key} is missing; "
+            "bring the copy of the key back, or move the repository away"
+        )
+
+
+def refuse_gone(number: int) -> None:
+    """
+    Refuse a repository without our stanza that held it before, unless pillar permits a new one.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_presence.refuse_gone 1
+
+    number
+        The repository, which was seen not to know our stanza.
+
+    Raises ``CommandExecutionError`` with one line that says what to do.
+    """
+    row = __salt__["slmdb_backup_repository.described"]()[number - 1]
+    if __salt__["slmdb_pillar.get"]("backup", "allow_new") or not _held(row):
+        return
+    raise CommandExecutionError(
+        f"{_key(row)}: {row['where']} held the backups of this instance and holds "
+        "none now; bring it back (is it mounted?), or, if it is lost for good, begin a new one by "
+        "slm_database:backup:allow_new: true for one run"
+    )
+
+
+def differences() -> dict[str, Any]:
+    """
+    Compare what is remembered with the configured repositories.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_presence.differences
+
+    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
+    ``CommandExecutionError`` if the settings cannot be told.
+    """
+    rows = __salt__["slmdb_backup_repository.described"]()
+    if all(_held(row) for row in rows):
+        return {}
+    old = "other repositories" if _remembered() else None
+    return {RECORD: {"old": old, "new": ", ".join(row["where"] for row in rows)}}
+
+
+def remember() -> None:
+    """
+    Remember the repositories that know our stanza now.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_presence.remember
+
+    Raises ``CommandExecutionError`` if it cannot be written.
+    """
+    before = _remembered()
+    rows = __salt__["slmdb_backup_repository.described"]()
+    found = {str(row["repository"]): _own(row) for row in rows if there(row)}
+    if {**before, **found} != before:
+        text = json.dumps({**before, **found}, indent=1, sort_keys=True) + "\n"
+        __salt__["slmdb_file.write"](RECORD, text.encode(), mode="0640")
