@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import re
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,7 +195,7 @@ def remote() -> list[str]:
     return ["ssh", "-o", "BatchMode=yes", *port, f"{second['user']}@{second['host']}", "pgbackrest"]
 
 
-def refuse_old(program: str) -> None:
+def refuse_old() -> None:
     """
     Refuse a type that the installed pgBackRest does not know.
 
@@ -204,20 +203,15 @@ def refuse_old(program: str) -> None:
 
     .. code-block:: bash
 
-        salt-call slmdb_backup_repository.refuse_old /usr/bin/pgbackrest
+        salt-call slmdb_backup_repository.refuse_old
 
-    program
-        The path of pgBackRest; nothing is refused while it is not installed.
-
-    Raises ``CommandExecutionError`` that names the installed version.
+    Raises ``CommandExecutionError`` that names the installed version; nothing is refused while
+    pgBackRest is not installed.
     """
     if _get("second", "type") != "sftp":
         return
-    try:
-        done = subprocess.run([program, "version"], capture_output=True, text=True, check=False)
-    except OSError:
-        return
-    found = re.search(r"(\d+)\.(\d+)", done.stdout)
+    row = __salt__["slmdb_package.known"]("pgbackrest").get("pgbackrest", {})
+    found = re.search(r"(\d+)\.(\d+)", row["version"]) if row.get("installed") else None
     if found and (int(found[1]), int(found[2])) < SFTP:
         raise CommandExecutionError(
             f"{SECOND}:type: sftp needs pgBackRest 2.46, {found[0]} is installed; "

@@ -32,7 +32,6 @@ STANZA = "autobot-slm"
 WORK = "/var/lib/autobot-slm-database/pgbackrest"
 LOGS = "/var/log/pgbackrest"
 SINCE = "/var/lib/autobot-slm-database/backups-since"
-PATIENCE = 60
 UNREADABLE = 99  # pgBackRest's status of a repository that it could not read
 # Only so does a second repository that is dead not keep WAL from the first. What the process in the
 # background would log, the one that the server waits for says as well.
@@ -201,7 +200,7 @@ def differences() -> dict[str, Any]:
     since = __salt__["slmdb_file.differences"](SINCE, None)
     if not _get("enabled"):
         return since
-    __salt__["slmdb_backup_repository.refuse_old"](PROGRAM)
+    __salt__["slmdb_backup_repository.refuse_old"]()
     __salt__["slmdb_backup_presence.refuse_lost"]()
     changes: dict[str, Any] = {} if since else {SINCE: {"old": None, "new": "present"}}
     for path in _directories():
@@ -414,24 +413,12 @@ def missing_stanza() -> dict[str, Any]:
     """
     if not _get("enabled"):
         return {}
-    wanted = {}
+    wanted, known = {}, __salt__["slmdb_pgbackrest_known.known"]
     for number in repositories():
-        if not os.path.exists(CONFIG) or not _known(number):
+        if not os.path.exists(CONFIG) or not known(number):
             where = "" if number == 1 else f" in repository {number}"
             wanted[f"stanza {STANZA}{where}"] = {"old": None, "new": "present"}
     return {**wanted, **__salt__["slmdb_backup_presence.differences"]()}
-
-
-def _known(number: int) -> bool:
-    try:
-        found = info(PATIENCE, number)
-    except CommandExecutionError:
-        if number == 1:
-            raise
-        return False  # to make it there fails with the reason, when the first was seen to
-    __salt__["slmdb_backup_repository.refuse_another"](number, found["db"])
-    codes = [one["status"]["code"] for one in found["repo"]]
-    return bool(codes) and all(code in (0, 2) for code in codes)
 
 
 def create_stanza() -> None:

@@ -9,8 +9,9 @@ as root with the Python of bin/test's environment; it writes speed.json, speed.m
 
     bench/speed.py --rounds 15 --sizes --first 5 --fleet --output docs/speed
 
-Others are measured beside it where they are given: --peer-formula PATH (a checkout of
-saltstack-formulas/postgres-formula), --playbook PATH (an Ansible playbook that the host can run).
+Others are measured, each on a host of its own, where they are given: --peer-formula PATH (a
+checkout of saltstack-formulas/postgres-formula), --playbook PATH (an Ansible playbook for
+localhost; what lies beside it, roles for instance, goes with it).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import speed_fleet, speed_host, speed_size, support
+from bench import speed_fleet, speed_host, speed_peer, speed_size, support
 
 # What is measured: the call, what it is compared with, and the goal.
 CALLS: dict[str, tuple[tuple[str, ...], str | None, float | None]] = {
@@ -56,20 +56,18 @@ def take_turns(commands: dict[str, list[str]], rounds: int) -> dict[str, list[di
     return found
 
 
-def others(bench: speed_host.Bench, given: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the command lines of what is measured beside the formula, prepared on the host."""
+def others(given: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Measure a quiet run of each other that is given, on a host of its own."""
     found = {}
-    if given.peer_formula:
-        target = f"{speed_host.ROOTS}/postgres"
-        pack = ["tar", "-C", str(given.peer_formula / "postgres"), "-cf", "-", "."]
-        archive = subprocess.run(pack, check=True, capture_output=True).stdout
-        unpack = [*bench.host._enter(), "bash", "-c", f"mkdir -p {target}; tar -C {target} -xf -"]
-        subprocess.run(unpack, input=archive, check=True)
-        found["postgres-formula"] = bench.words("state.apply", "postgres")
-    if given.playbook:
-        bench.host.write("/srv/playbook.yml", given.playbook.read_text())
-        words = ["ansible-playbook", "-c", "local", "-i", "localhost,", "/srv/playbook.yml"]
-        found["Ansible playbook"] = [*bench.host._enter(), *words]
+    for name, path in (
+        ("postgres-formula", given.peer_formula),
+        ("Ansible playbook", given.playbook),
+    ):
+        if path:
+            say(name)
+            with speed_host.Bench(given.release) as bench:
+                commands = speed_peer.commands(bench, name, path.resolve())
+                found[name] = take_turns(commands, given.rounds)
     return found
 
 
@@ -81,7 +79,7 @@ def ratios(found: dict[str, list[dict]], name: str, base: str, what: str) -> lis
 def runs(bench: speed_host.Bench, given: argparse.Namespace) -> dict[str, Any]:
     """Measure time, memory and processes of the calls."""
     commands = {name: bench.words(*call) for name, (call, _, _) in CALLS.items()}
-    found: dict[str, Any] = {"times": take_turns(commands | others(bench, given), given.rounds)}
+    found: dict[str, Any] = {"times": take_turns(commands, given.rounds)}
     found["memory"] = {
         name: [speed_host.memory(words) for _ in range(3)] for name, words in commands.items()
     }
@@ -118,14 +116,12 @@ def rows(found: dict[str, Any]) -> list[list[object]]:
             continue
         cells = [support.shown(ratios(times, name, base, what)) for what in ("wall", "cpu")]
         made.append([name, clock, *cells, f"≤ {goal}"])
-    for name in times:
-        if name not in CALLS:
-            clock = support.shown([one["wall"] for one in times[name]])
-            cells = [
-                support.shown(ratios(times, name, "empty state run", what))
-                for what in ("wall", "cpu")
-            ]
-            made.append([name, clock, *cells, ""])
+    for name, peer in found.get("peers", {}).items():
+        clock = support.shown([one["wall"] for one in peer[name]])
+        cells = [
+            support.shown(ratios(peer, name, "empty state run", what)) for what in ("wall", "cpu")
+        ]
+        made.append([f"{name}, a host of its own", clock, *cells, ""])
     return made
 
 
@@ -187,12 +183,33 @@ def _sizes(found: dict[str, Any], head: str) -> str:
 
 
 def plot(found: dict[str, Any]) -> str:
+    """Return the ratios, and how they grow, as bars; a line is a goal."""
     bars = []
     for name, (_, base, goal) in CALLS.items():
         if base is not None:
             ratio = statistics.median(ratios(found["times"], name, base, "wall"))
             bars.append((f"{name} / {base}", ratio, goal))
-    return support.bars("What the formula costs (line: the goal)", bars, "x")
+    charts = [support.bars("What the formula costs (line: the goal)", bars, "x")]
+    if "tables" in found:
+        bars = [
+            (f"{what}, {int(number):,} tables", _median(made[what]), None)
+            for what in ("run", "health")
+            for number, made in found["tables"].items()
+        ]
+        charts.append(support.bars("By tables", bars, "s"))
+    if "pillar" in found:
+        rows = found["pillar"].items()
+        bars = [
+            (f"run, {int(number):,} roles and rules", _median(made), None) for number, made in rows
+        ]
+        charts.append(support.bars("By pillar", bars, "s"))
+    if "fleet" in found:
+        charts.append(support.bars("A fleet", speed_fleet.bars(found["fleet"]), "x"))
+    return support.stacked(charts)
+
+
+def _median(made: list[dict[str, float]]) -> float:
+    return statistics.median(one["wall"] for one in made)
 
 
 def arguments() -> argparse.Namespace:
@@ -218,6 +235,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             say("sizes")
             found["tables"] = speed_size.tables(bench, [10, 10_000, 100_000], 7)
             found["pillar"] = speed_size.pillars(bench, [1, 100, 1_000], 5)
+    if peers := others(given):
+        found["peers"] = peers
     if given.first:
         found["first"] = first(given.first, given.release)
     if given.fleet:

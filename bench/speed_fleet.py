@@ -73,9 +73,8 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     """Return the table of the fleet, and what its answers come to for larger ones."""
     lines = []
     for number, made in found.items():
-        pairs = zip(made["slmdb.health"], made["test.ping"], strict=True)
         cells = [support.shown(made[name]) for name in CALLS]
-        lines.append([number, *cells, support.shown([mine / ping for mine, ping in pairs])])
+        lines.append([number, *cells, support.shown(_ratios(made))])
     heads = ["minions", "test.ping, s", "slmdb.health, s", "ratio (goal ≤ 1.2)"]
     last = next(reversed(found.values()))
     size = last["slmdb.health, bytes"]
@@ -89,6 +88,19 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
         f"the master's two cores (test.ping: {1000 * slope['test.ping']:.0f} ms)."
     )
     return support.table(heads, lines) + "\n\n" + words
+
+
+def bars(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float | None]]:
+    """Return the ratio of each size of the fleet, and the goal."""
+    return [
+        (f"slmdb.health / test.ping, {number} minions", statistics.median(_ratios(made)), 1.2)
+        for number, made in found.items()
+    ]
+
+
+def _ratios(made: dict[str, Any]) -> list[float]:
+    pairs = zip(made["slmdb.health"], made["test.ping"], strict=True)
+    return [mine / ping for mine, ping in pairs]
 
 
 def _slope(found: dict[int, dict[str, Any]]) -> dict[str, float]:

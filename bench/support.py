@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -49,3 +50,15 @@ def bars(title: str, rows: Sequence[tuple[str, float, float | None]], unit: str)
     size = f'width="{left + wide + 110}" height="{44 + len(rows) * height}"'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif"'
     return f'{start} font-size="13">\n' + "\n".join(parts) + "\n</svg>\n"
+
+
+def stacked(charts: Sequence[str]) -> str:
+    """Return one SVG with several below each other."""
+    sizes = [[int(size) for size in re.findall(r'(?:width|height)="(\d+)"', c)[:2]] for c in charts]
+    parts, top = [], 0
+    for chart, (_, height) in zip(charts, sizes, strict=True):
+        parts.append(chart.replace("<svg ", f'<svg y="{top}" ', 1))
+        top += height + 8
+    wide = max(width for width, _ in sizes)
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{top}">'
+    return start + "\n" + "".join(parts) + "</svg>\n"
