@@ -9,6 +9,11 @@ for each ratio, its 95 % bootstrap interval over the rounds. Run it as root:
 
     bench/tuning.py --scale 100 --rounds 7 --seconds 120 --operations 3000 --megabytes 125
     bench/tuning.py --scale 300 --rounds 7 --seconds 60 --memory 2048
+    bench/tuning.py --rounds 60 --seconds 4 --together --workloads select-only backend
+
+What only the processor decides differs by less than the machine does from minute to minute. There
+--together helps: each configuration has a server and data of its own, all of them are up, and the
+turns are a few seconds long.
 """
 
 from __future__ import annotations
@@ -77,27 +82,41 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=int, help="MB: the server is held to it, and tuned for it")
     parser.add_argument("--operations", type=int, help="a second, each way: limits the disk")
     parser.add_argument("--megabytes", type=int, default=125, help="a second, likewise")
+    parser.add_argument("--together", action="store_true", help="a server for each, all of them up")
     parser.add_argument("--directory", default="/var/tmp", help="where the scratch server is made")
     parser.add_argument("--binaries", type=Path, default=Path("/usr/lib/postgresql/15/bin"))
     return parser.parse_args()
 
 
-def play(server: Server, made: dict[str, dict[str, str]], given: argparse.Namespace) -> dict:
+def play(
+    servers: dict[str, Server], made: dict[str, dict[str, str]], given: argparse.Namespace
+) -> dict:
     """Let the configurations take turns; return transactions per second, round by round."""
     found: dict = {name: {workload: [] for workload in given.workloads} for name in made}
     for turn in range(given.rounds):
         names = list(made)
         random.Random(turn).shuffle(names)
         for name in names:
-            server.start(made[name])
-            server.warm()
+            server = servers[name]
+            if turn == 0 or not given.together:
+                server.start(made[name])
+                server.warm()
             for workload in given.workloads:
                 tps = server.measure(workload, given.seconds, given.clients)
                 found[name][workload].append(tps)
                 stamp = time.strftime("%H:%M:%S")
                 print(f"{stamp} {turn + 1} {name} {workload} {tps:.0f}", file=sys.stderr)
-            server.stop()
+            if not given.together:
+                server.stop()
     return found
+
+
+def filled(directory: Path, given: argparse.Namespace, stack: contextlib.ExitStack) -> Server:
+    directory.mkdir(mode=0o755)
+    server = Server(directory, given.binaries, given.spans)
+    stack.callback(server.kill)
+    server.fill(given.scale)
+    return server
 
 
 def measure_in(directory: Path, given: argparse.Namespace) -> None:
@@ -109,15 +128,17 @@ def measure_in(directory: Path, given: argparse.Namespace) -> None:
             directory, limit = stack.enter_context(smaller.disk(*wanted))
         memory = given.memory * 1024**2 if given.memory else None
         made = configurations(memory, directory, int(given.binaries.parent.name))
-        server = Server(directory, given.binaries, given.spans)
-        stack.callback(server.kill)
-        server.fill(given.scale)
+        if given.together:
+            servers = {name: filled(directory / name, given, stack) for name in made}
+        else:
+            servers = dict.fromkeys(made, filled(directory / "server", given, stack))
         if limit:
             limit()
         if given.memory:
             stack.enter_context(smaller.memory(given.memory))
-            stack.callback(server.kill)
-        print(table(play(server, made, given)))
+            for server in servers.values():
+                stack.callback(server.kill)
+        print(table(play(servers, made, given)))
 
 
 def main() -> None:
