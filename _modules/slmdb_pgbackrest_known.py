@@ -103,16 +103,6 @@ def _kept(row: dict[str, Any], key: str) -> bool:
         return False
 
 
-def _keep(row: dict[str, Any], key: str) -> None:
-    path = _place(row["repository"])
-    temporary = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):  # an answer that cannot be kept is asked for again
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump({"key": key, "at": time.time()}, stream)
-        os.replace(temporary, path)
-
-
 def known(number: int) -> bool:
     """
     Tell whether a repository knows this instance.
@@ -136,7 +126,8 @@ def known(number: int) -> bool:
         return True
     good = _asked(number)
     if good and key:
-        _keep(row, key)
+        text = json.dumps({"key": key, "at": time.time()})
+        __salt__["slmdb_file.keep"](_place(number), text)
     return good
 
 

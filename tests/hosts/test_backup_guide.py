@@ -151,6 +151,18 @@ def test_a_copy_is_made(host):
     assert call(host, "slmdb_backup_copy.state")["problem"] is None
 
 
+def test_the_repository_is_gone(host):
+    """It is not begun anew behind anybody's back, but when that is allowed."""
+    host.run(f"rm -r {REPOSITORY}/archive {REPOSITORY}/backup")
+    refused = host.run(f"{FORMULA}/bin/apply", check=False)
+    assert refused.returncode != 0
+    assert "held the backups of this instance and holds none now" in refused.stdout + refused.stderr
+    assert host.run(f"ls {REPOSITORY}").stdout == ""
+    typed(host, "gone")
+    assert [row["type"] for row in call(host, "slmdb_backup.list")] == ["full"]
+    assert database.health(host)[1]["problems"] == []
+
+
 def test_a_host_whose_secrets_are_lost(host):
     """The repository and its key bring the data back, and a new password is allowed."""
     before = host.read(SECRETS)
