@@ -15,11 +15,13 @@ import os
 import secrets
 import stat
 import subprocess
-import tarfile
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+
+if TYPE_CHECKING:
+    import tarfile
 
 __virtualname__ = "slmdb_backup_copy"
 
@@ -135,6 +137,8 @@ def _refuse(path: str, recipients: list[str]) -> None:
 
 
 def _archive(contents: dict[str, bytes], moment: str) -> bytes:
+    import tarfile  # health, which asks how old the copy is, does without
+
     buffer = io.BytesIO()
     manifest = {"format": FORMAT, "made": moment, "instance": _instance(), "files": list(contents)}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:

@@ -108,7 +108,7 @@ def _runs() -> list[dict[str, Any]]:
             repository = re.search(r"--repo=(\d+)", words)
             runs.append({"repository": int(repository[1]) if repository else 1, "done": False})
         if runs:
-            _note(runs[-1], time.mktime(time.strptime(stamp, "%Y-%m-%d %H:%M:%S")), words)
+            _note(runs[-1], datetime.fromisoformat(stamp).timestamp(), words)
     return runs
 
 

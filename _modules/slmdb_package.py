@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -18,6 +19,7 @@ __virtualname__ = "slmdb_package"
 # What dpkg knows, and its journal: what is there is not in the other yet.
 STATUS = "/var/lib/dpkg/status"
 UPDATES = "/var/lib/dpkg/updates"
+PART = 64 * 1024
 FORMAT = "Package: ${Package}\nStatus: ${Status}\nVersion: ${Version}\n\n"
 
 
@@ -81,10 +83,9 @@ def known(pattern: str) -> dict[str, dict[str, Any]]:
     Returns name to ``version``, ``held`` and ``installed``. Raises ``CommandExecutionError`` if
     the record cannot be read.
     """
-    text = _record()
     stanza = re.compile(rf"^Package: ({pattern})\n((?:.+\n)*)", re.MULTILINE)
     found: dict[str, dict[str, Any]] = {}
-    for name, rest in stanza.findall(text):
+    for name, rest in (pair for text in _record() for pair in stanza.findall(text)):
         fields = dict(re.findall(r"^(Status|Version): (.*)$", rest, re.MULTILINE))
         want, _, state = fields.get("Status", "unknown ok not-installed").split()
         row = {"version": fields.get("Version", ""), "held": want == "hold"}
@@ -95,13 +96,19 @@ def known(pattern: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _record() -> str:
+def _record() -> Iterator[str]:
+    """The record in parts of whole packages: of a big host it has megabytes."""
     if os.path.isdir(UPDATES) and os.listdir(UPDATES):
         answer = __salt__["cmd.run_all"](["dpkg-query", "-W", "-f", FORMAT], python_shell=False)
-        return answer["stdout"] + "\n"
+        yield answer["stdout"] + "\n"
+        return
     try:
         with open(STATUS, encoding="utf-8", errors="replace") as stream:
-            return stream.read()
+            rest = ""
+            while block := stream.read(PART):
+                whole, _, rest = (rest + block).rpartition("\n\n")
+                yield whole + "\n"
+            yield rest
     except OSError as err:
         raise CommandExecutionError(f"{STATUS}: cannot be read: {err.strerror}") from err
 

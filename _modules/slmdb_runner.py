@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import salt
@@ -130,8 +131,8 @@ def _launcher() -> str:
     return LAUNCHER.format(path=path, record=record, cache=CACHE, python=_python())
 
 
-def _content() -> dict[str, bytes]:
-    """Every file of the copy by its name in it, but for the configuration."""
+def _content() -> Iterator[tuple[str, bytes]]:
+    """Every file of the copy, one after the other, but for the configuration."""
     own = os.path.dirname(os.path.abspath(__file__))
     names = sorted(name for name in os.listdir(own) if name.endswith(".py"))
     files = {f"_modules/{name}": os.path.join(own, name) for name in names if "slmdb" in name}
@@ -142,20 +143,21 @@ def _content() -> dict[str, bytes]:
                 f"salt://slm_database/{name} cannot be read; is the formula in file_roots?"
             )
         files[f"slm_database/{name}"] = path
-    found = {name: __salt__["slmdb_file.read"](path) or b"" for name, path in files.items()}
-    return {**found, "run": _launcher().encode()}
+    for name, path in files.items():
+        yield name, __salt__["slmdb_file.read"](path) or b""
+    yield "run", _launcher().encode()
 
 
-def _wanted() -> tuple[str, dict[str, bytes]]:
-    """The directory of the copy, named by its content, and its files."""
-    files = _content()
-    identity = str(__grains__["id"]).replace("'", "''")
-    total = hashlib.sha256(f"{identity}\0{MINION}".encode())
-    for name, data in files.items():
+def _identity() -> str:
+    return str(__grains__["id"]).replace("'", "''")
+
+
+def _place(content: Iterable[tuple[str, bytes]]) -> str:
+    """The directory of the copy, named by its content."""
+    total = hashlib.sha256(f"{_identity()}\0{MINION}".encode())
+    for name, data in content:
         total.update(f"{name}\0{len(data)}\0".encode() + data)
-    here = f"{DIRECTORY}/{total.hexdigest()[:16]}"
-    text = MINION.format(id=identity, here=here, cache=CACHE)
-    return here, {**files, "minion": text.encode()}
+    return f"{DIRECTORY}/{total.hexdigest()[:16]}"
 
 
 def differences() -> dict[str, Any]:
@@ -173,7 +175,7 @@ def differences() -> dict[str, Any]:
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return leftovers()
-    here, _ = _wanted()
+    here = _place(_content())
     present = os.path.basename(os.path.realpath(CURRENT)) if os.path.exists(CURRENT) else None
     wanted = os.path.basename(here)
     return {} if present == wanted else {CURRENT: {"old": present, "new": wanted}}
@@ -194,7 +196,9 @@ def apply() -> None:
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         remove()
         return
-    here, files = _wanted()
+    files = dict(_content())
+    here = _place(files.items())
+    files["minion"] = MINION.format(id=_identity(), here=here, cache=CACHE).encode()
     before = os.path.realpath(CURRENT)
     try:
         os.makedirs(DIRECTORY, mode=0o700, exist_ok=True)
