@@ -126,10 +126,10 @@ def rows(found: dict[str, Any]) -> list[list[object]]:
 
 
 def counts(found: dict[str, Any]) -> list[list[object]]:
-    floor = statistics.median(found["memory"]["empty state run"])
     made = []
-    for name in CALLS:
+    for name, (_, base, _) in CALLS.items():
         memory = statistics.median(found["memory"][name])
+        floor = statistics.median(found["memory"][base or name])
         programs = [Path(path).name for path in found["processes"][name]]
         ratio = f"{memory / floor:.2f}"
         made.append([name, f"{memory:.0f}", ratio, len(programs), ", ".join(programs)])
@@ -167,19 +167,18 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _sizes(found: dict[str, Any], head: str) -> str:
-    if "run" in next(iter(found.values())):
-        lines = [
-            [
-                number,
-                *(support.shown([one["wall"] for one in made[what]]) for what in ("run", "health")),
-            ]
-            for number, made in found.items()
-        ]
-        return support.table([head, "quiet run, s", "slmdb.health, s"], lines)
+    """Return the table of one kind of size, by the clock and by CPU."""
+    heads = [head, "quiet run, s", "its CPU, s"]
+    if "run" not in next(iter(found.values())):
+        return support.table(heads, [[number, *_both(made)] for number, made in found.items()])
     lines = [
-        [number, support.shown([one["wall"] for one in made])] for number, made in found.items()
+        [number, *_both(made["run"]), *_both(made["health"])] for number, made in found.items()
     ]
-    return support.table([head, "quiet run, s"], lines)
+    return support.table([*heads, "slmdb.health, s", "its CPU, s"], lines)
+
+
+def _both(made: list[dict[str, float]]) -> list[str]:
+    return [support.shown([one[what] for one in made]) for what in ("wall", "cpu")]
 
 
 def plot(found: dict[str, Any]) -> str:
