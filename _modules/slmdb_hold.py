@@ -114,7 +114,23 @@ def differences() -> dict:
     return changes
 
 
-def _mark(verb: str, names: list[str]) -> None:
+def mark(verb: str, names: list[str]) -> None:
+    """
+    Hold packages, or let them go.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_hold.mark hold '[postgresql-15]'
+
+    verb
+        ``hold`` or ``unhold``.
+    names
+        The packages; none: nothing happens.
+
+    Returns nothing. Raises ``CommandExecutionError`` if apt refuses.
+    """
     if not names:
         return
     answer = __salt__["cmd.run_all"](["apt-mark", verb, *names], python_shell=False)
@@ -136,7 +152,7 @@ def apply() -> None:
     Returns nothing. Raises ``CommandExecutionError`` if apt or a file refuses.
     """
     found = installed()
-    _mark("hold", sorted(name for name in found if not found[name]["held"]))
+    mark("hold", sorted(name for name in found if not found[name]["held"]))
     for path, text in _files().items():
         if __salt__["slmdb_file.differences"](path, text):
             __salt__["slmdb_file.write"](path, text)
@@ -197,6 +213,6 @@ def remove() -> None:
 
     Returns nothing. Raises ``CommandExecutionError`` if apt or a file refuses.
     """
-    _mark("unhold", _held_by_us())
+    mark("unhold", _held_by_us())
     for path in (UPGRADES, RESTARTS, RECORD):
         __salt__["slmdb_file.remove"](path)

@@ -156,7 +156,7 @@ def _last_word(text: object) -> str:
 
 def apply() -> None:
     """
-    Install what is missing; the server's package creates no instance of its own.
+    Install what is missing, and update no server; its package creates no instance of its own.
 
     CLI Example:
 
@@ -192,10 +192,16 @@ def _install(missing: list[str]) -> None:
             python_shell=False,
             env={"DEBIAN_FRONTEND": "noninteractive"},
         )
+    # apt may prefer the newest server where any would do for what it installs.
+    found = __salt__["slmdb_hold.installed"]()
+    free = sorted(name for name in found if not found[name]["held"])
+    __salt__["slmdb_hold.mark"]("hold", free)
     try:
         __salt__["pkg.install"](pkgs=missing, refresh=False)
     except CommandExecutionError as err:
         raise CommandExecutionError(f"apt: {_last_word(err)}") from None
+    finally:
+        __salt__["slmdb_hold.mark"]("unhold", free)
 
 
 def _half_done() -> bool:

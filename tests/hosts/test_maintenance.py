@@ -59,6 +59,14 @@ def host(boot):
     made.close()
 
 
+def test_a_first_apply_updates_no_server_that_is_there(host):
+    """Though apt, asked for the contrib meta-package, would take the newest server along."""
+    assert installed(host) == versions(host)[-1] != versions(host)[0]
+    names = {name for name in PACKAGES if name in held(host)}
+    assert names == set(PACKAGES)
+    assert "Upgrade: postgresql" not in host.read("/var/log/apt/history.log")
+
+
 def test_what_updates_by_itself_leaves_the_server_alone(host):
     """unattended-upgrades and needrestart run for real; without the drop-ins they would have."""
     new, old = versions(host)[0], versions(host)[-1]
