@@ -92,8 +92,7 @@ def refuse_lost() -> None:
         _refuse_unmounted(row)
         if row["repository"] in encrypted:
             _refuse_lost_key(row)
-        if not there(row):
-            refuse_gone(row["repository"])
+        refuse_gone(row["repository"])
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -138,12 +137,15 @@ def refuse_gone(number: int) -> None:
         salt-call slmdb_backup_presence.refuse_gone 1
 
     number
-        The repository, which was seen not to know our stanza.
+        The repository. One that is not of this host was seen not to know our stanza; one that is
+        is looked at, for pgBackRest may have been asked with a configuration that is not ours.
 
     Raises ``CommandExecutionError`` with one line that says what to do.
     """
     row = __salt__["slmdb_backup_repository.described"]()[number - 1]
     if __salt__["slmdb_pillar.get"]("backup", "allow_new") or not _held(row):
+        return
+    if row["local"] and there(row):
         return
     raise CommandExecutionError(
         f"{_key(row)}: {row['where']} held the backups of this instance and holds "

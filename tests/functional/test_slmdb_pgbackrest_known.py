@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from salt.exceptions import CommandExecutionError
+from salt.utils.dictupdate import merge_recurse
 
 from tests.functional.test_slm_database import begin_applied
 from tests.functional.test_slmdb_backup_health import buried, write_wal
@@ -20,6 +21,8 @@ REPOSITORY = Path("/var/lib/pgbackrest")
 CONFIG = Path("/etc/pgbackrest/autobot-slm.conf")
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 INFO = ("archive/autobot-slm/archive.info", "backup/autobot-slm/backup.info")
+GONE = "holds none now"
+ALLOWED = {"slm_database": {"backup": {"allow_new": True}}}
 MISSING = {"stanza autobot-slm": {"old": None, "new": "present"}}
 
 
@@ -42,6 +45,7 @@ def host(minions):
     minion.call("slmdb_service.start")
     assert ask(minion) == {}
     yield minion
+    minion.tell(None)
     minion.call("slmdb_server.forget")
 
 
@@ -62,6 +66,18 @@ def refused(minion):
             return
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def begun_anew(minion, pillar, store):
+    """See that what the store lost is noticed, and made again when that is permitted."""
+    with pytest.raises(CommandExecutionError, match=GONE):
+        ask(minion)
+    store.objects.clear()
+    minion.tell(merge_recurse(pillar, ALLOWED))
+    assert ask(minion) == {"stanza autobot-slm in repository 2": {"old": None, "new": "present"}}
+    assert minion.state("slmdb_backup.present").result is True
+    minion.tell(pillar)
+    quiet(minion)
 
 
 def quiet(minion):
@@ -90,9 +106,12 @@ def test_a_stanza_that_was_taken_away_is_noticed(host, place):
 
 
 def test_a_repository_that_was_emptied_is_made_again(host):
-    """Its directory is there, what was in it is not."""
+    """Its directory is there, what was in it is not; a new one has to be permitted."""
     for place in ("archive", "backup"):
         shutil.rmtree(REPOSITORY / place)
+    with pytest.raises(CommandExecutionError, match=GONE):
+        ask(host)
+    host.tell(ALLOWED)
     assert ask(host) == MISSING
     assert host.state("slmdb_backup.present").result is True
     assert (REPOSITORY / INFO[1]).exists()
@@ -101,8 +120,8 @@ def test_a_repository_that_was_emptied_is_made_again(host):
 
 def test_a_disk_that_lies_over_the_repository_is_noticed(host):
     """Nothing below the mount changed."""
-    with buried(REPOSITORY):
-        assert ask(host) == MISSING
+    with buried(REPOSITORY), pytest.raises(CommandExecutionError, match=GONE):
+        ask(host)
     assert ask(host) == {}
 
 
@@ -172,17 +191,12 @@ def test_a_store_elsewhere_is_asked_when_archiving_or_a_backup_says_so(minions):
         for state in ("slmdb_config.applied", "slmdb_backup.configured", "slmdb_backup.present"):
             assert minion.state(state).result is True
         quiet(minion)
-        gone = {"stanza autobot-slm in repository 2": {"old": None, "new": "present"}}
         for name in [name for name in store.objects if "/backup/" in name]:
             del store.objects[name]
         with pytest.raises(CommandExecutionError, match="repository 2 "):
             minion.call("slmdb_backup.create")
-        assert ask(minion) == gone
-        store.objects.clear()
-        assert minion.state("slmdb_backup.present").result is True
-        quiet(minion)
+        begun_anew(minion, pillar, store)
         store.objects.clear()
         refused(minion)
-        assert ask(minion) == gone
-        assert minion.state("slmdb_backup.present").result is True
+        begun_anew(minion, pillar, store)
         minion.call("slmdb_server.forget")
