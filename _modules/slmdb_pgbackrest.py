@@ -32,6 +32,7 @@ STANZA = "autobot-slm"
 WORK = "/var/lib/autobot-slm-database/pgbackrest"
 LOGS = "/var/log/pgbackrest"
 SINCE = "/var/lib/autobot-slm-database/backups-since"
+PATIENCE = 60
 UNREADABLE = 99  # pgBackRest's status of a repository that it could not read
 # Only so does a second repository that is dead not keep WAL from the first. What the process in the
 # background would log, the one that the server waits for says as well.
@@ -434,10 +435,23 @@ def create_stanza() -> None:
     Raises ``CommandExecutionError`` with pgBackRest's words if one of them cannot; those before it
     know the instance then.
     """
+    deadline = time.monotonic() + PATIENCE
     try:
-        run("stanza-create")
+        while not _stanza_created(time.monotonic() < deadline):
+            time.sleep(0.5)
     finally:
         __salt__["slmdb_backup_presence.remember"]()
+
+
+def _stanza_created(again: bool) -> bool:
+    """Archiving in the background holds a lock from time to time, most while it does not succeed."""
+    try:
+        run("stanza-create")
+    except CommandExecutionError as err:
+        if again and "acquire lock" in err.strerror:
+            return False
+        raise
+    return True
 
 
 def leftovers() -> dict[str, Any]:

@@ -176,6 +176,7 @@ def test_while_wal_is_refused_nothing_that_is_kept_counts(host):
     assert asked(host) == ({}, True)
 
 
+@pytest.mark.once
 def test_a_store_elsewhere_is_asked_when_archiving_or_a_backup_says_so(minions):
     """Nothing here shows what is lost there: that WAL is refused does, and that a backup failed."""
     begin_applied(minions)
