@@ -444,7 +444,7 @@ def create_stanza() -> None:
 
 
 def _stanza_created(again: bool) -> bool:
-    """Archiving in the background holds a lock from time to time, most while it does not succeed."""
+    """Archiving in the background holds a lock now and then, most while it does not succeed."""
     try:
         run("stanza-create")
     except CommandExecutionError as err:
