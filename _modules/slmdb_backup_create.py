@@ -168,13 +168,17 @@ def _verify(number: int) -> tuple[list[str], str]:
 
 
 def _wrong(text: str) -> list[str]:
-    """The lines of a report that count something missing or invalid."""
+    """
+    The lines of a report that count something missing or invalid.
+
+    A backup that is "in progress" runs, or was ended in the middle: the next one tidies it away.
+    """
     found, part = [], ""
     for line in text.splitlines():
         heading = re.match(r"\s*(archiveId|backup): ([^,]+)", line)
         if heading:
             part = f"{heading[1]} {heading[2]}"
         trouble = re.findall(r"((?:missing|checksum invalid|size invalid|other): [1-9]\d*)", line)
-        if trouble or re.search(r"status: (?:invalid|in-progress)|ERROR", line):
+        if trouble or re.search(r"status: invalid|ERROR", line):
             found.append(f"{part}: {line.strip()}".lstrip(": "))
     return found

@@ -349,6 +349,8 @@ def run(
         raise CommandExecutionError(f"pgbackrest {verb} took longer than {timeout} s") from None
     except OSError as err:
         raise CommandExecutionError(f"pgbackrest cannot be run: {err.strerror}") from err
+    if status < 0:
+        raise CommandExecutionError(f"pgbackrest {verb}: it was ended by signal {-status}")
     if status:
         raise CommandExecutionError(f"pgbackrest {verb}: {_why(said + text, options)}")
     return text
