@@ -16,6 +16,10 @@ __virtualname__ = "slmdb_backup_create"
 TYPES = {"full": "full", "differential": "diff", "incremental": "incr"}
 # A backup is seldom larger than the last one of its kind, but it may be.
 MARGIN = 1.2
+AHEAD = (
+    "; set the clock right; if it was ahead when that one was made, "
+    "slmdb_backup.create full goes on"
+)
 
 
 def __virtual__() -> str:
@@ -72,7 +76,11 @@ def _one(repository: dict[str, Any], wanted: str) -> dict[str, Any]:
     full = [row for row in before if row["type"] == "full"]
     if repository["local"]:
         _refuse_without_room(repository, wanted if full else "full", before)
-    seconds = __salt__["slmdb_backup_progress.run"]("backup", number, f"--type={TYPES[wanted]}")
+    try:
+        seconds = __salt__["slmdb_backup_progress.run"]("backup", number, f"--type={TYPES[wanted]}")
+    except CommandExecutionError as err:
+        advice = AHEAD if "is not later than latest backup label" in str(err) else ""
+        raise CommandExecutionError(f"{err}{advice}") from None
     labels = {row["label"] for row in before}
     new = [row for row in __salt__["slmdb_backup.rows"](number) if row["label"] not in labels]
     if not new:

@@ -349,10 +349,9 @@ def run(
         raise CommandExecutionError(f"pgbackrest {verb} took longer than {timeout} s") from None
     except OSError as err:
         raise CommandExecutionError(f"pgbackrest cannot be run: {err.strerror}") from err
-    if status < 0:
-        raise CommandExecutionError(f"pgbackrest {verb}: it was ended by signal {-status}")
     if status:
-        raise CommandExecutionError(f"pgbackrest {verb}: {_why(said + text, options)}")
+        why = f"it was ended by signal {-status}" if status < 0 else _why(said + text, options)
+        raise CommandExecutionError(f"pgbackrest {verb}: {why}")
     return text
 
 

@@ -484,7 +484,7 @@ def test_the_clock_jumps(host, clock):
             database.call(host, "slmdb_backup.create", env=PRELOADED)
         else:
             line = database.refusal(host, "slmdb_backup.create", env=PRELOADED)
-            assert "is not later than latest backup label" in line
+            assert "is not later than latest backup label" in line and "set the clock" in line
     assert writer.restored(host, "clock jumped") == set()
     with database.restored(host, time=moment) as copy:
         assert database.sql(host, LAST, copy["port"]) == first
