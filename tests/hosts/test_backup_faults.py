@@ -133,7 +133,9 @@ def test_kill_9_during_a_backup(host, beside, victim):
         kill(main if victim == "main process" else worker)
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker, signal.SIGCONT)
-    print(victim, "killed:", backup.result())
+    line = backup.result()
+    print(victim, "killed:", line)
+    assert "is not the key" not in line
     assert host.processes("pgbackrest --config") == []
     assert database.call(host, "slmdb_backup.verify")["problems"] == []
     if victim == "server":
@@ -294,7 +296,7 @@ def damaged_wal(host):
 def damaged_backup(host):
     path, _ = largest(host)
     with flipped(host, path):
-        yield "pgbackrest restore: "
+        yield f"/{path.name.split('.')[0]}'"
 
 
 @contextlib.contextmanager
