@@ -150,8 +150,8 @@ def test_kill_9_of_the_archiver(host, beside):
     switched = beside(database.sql, host, f"{FILL}; {SWITCH}")
     push = caught(host, "archive-push pg_wal/", lambda: matching(host, TMP))
     segment = switched.result().splitlines()[-1]
-    kill(*host.processes("archiver"), push, *host.processes("archive-push"))
     assert database.sql(host, ARCHIVED) == before
+    kill(*host.processes("archiver"), push, *host.processes("archive-push"))
     commits = writer.logged(host)
     host.until("pg_isready -q")
     writer.goes_on(host)
