@@ -339,8 +339,8 @@ def restore(
 
     Without ``time``, ``label`` and ``restore_point`` the end of the archived WAL is restored.
     Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and, beside, ``gap`` (what is
-    missing because archived WAL is; ``None``) and ``remove`` (the command that throws it away) or,
-    in place, ``kept`` (the old data). Raises
+    missing because archived WAL is, or is damaged; ``None``) and ``remove`` (the command that
+    throws it away) or, in place, ``kept`` (the old data). Raises
     ``SaltInvocationError`` for what cannot be reached, with the range that can, and
     ``CommandExecutionError`` if it fails; what ran before runs then.
     """

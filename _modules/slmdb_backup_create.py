@@ -15,6 +15,10 @@ __virtualname__ = "slmdb_backup_create"
 TYPES = {"full": "full", "differential": "diff", "incremental": "incr"}
 # A backup is seldom larger than the last one of its kind, but it may be.
 MARGIN = 1.2
+AHEAD = (
+    "; set the clock right; if it was ahead when that one was made, "
+    "slmdb_backup.create full goes on"
+)
 
 
 def __virtual__() -> str:
@@ -71,7 +75,11 @@ def _one(repository: dict[str, Any], wanted: str) -> dict[str, Any]:
     full = [row for row in before if row["type"] == "full"]
     if repository["local"]:
         _refuse_without_room(repository, wanted if full else "full", before)
-    seconds = __salt__["slmdb_backup_progress.run"]("backup", number, f"--type={TYPES[wanted]}")
+    try:
+        seconds = __salt__["slmdb_backup_progress.run"]("backup", number, f"--type={TYPES[wanted]}")
+    except CommandExecutionError as err:
+        advice = AHEAD if "is not later than latest backup label" in str(err) else ""
+        raise CommandExecutionError(f"{err}{advice}") from None
     labels = {row["label"] for row in before}
     new = [row for row in __salt__["slmdb_backup.rows"](number) if row["label"] not in labels]
     if not new:
@@ -146,13 +154,17 @@ def _verify(number: int) -> tuple[list[str], str]:
 
 
 def _wrong(text: str) -> list[str]:
-    """The lines of a report that count something missing or invalid."""
+    """
+    The lines of a report that count something missing or invalid.
+
+    A backup that is "in progress" runs, or was ended in the middle: the next one tidies it away.
+    """
     found, part = [], ""
     for line in text.splitlines():
         heading = re.match(r"\s*(archiveId|backup): ([^,]+)", line)
         if heading:
             part = f"{heading[1]} {heading[2]}"
         trouble = re.findall(r"((?:missing|checksum invalid|size invalid|other): [1-9]\d*)", line)
-        if trouble or re.search(r"status: (?:invalid|in-progress)|ERROR", line):
+        if trouble or re.search(r"status: invalid|ERROR", line):
             found.append(f"{part}: {line.strip()}".lstrip(": "))
     return found

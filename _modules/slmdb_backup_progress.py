@@ -4,9 +4,11 @@ How far a long command of pgBackRest is: a line in Salt's log, and an event on t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import time
@@ -138,8 +140,17 @@ def listen(
             process.kill()
             process.wait()
             raise
+        finally:
+            _end_workers(process)
         errors.seek(0)
         return status, text, errors.read().decode(errors="replace")
+
+
+def _end_workers(process: subprocess.Popen) -> None:
+    """Workers whose main process was killed would hold its lock for another minute."""
+    if process.returncode is not None and process.returncode < 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _start(words: list[str], errors: IO[bytes]) -> subprocess.Popen:
@@ -153,6 +164,7 @@ def _start(words: list[str], errors: IO[bytes]) -> subprocess.Popen:
         stderr=errors,
         encoding="utf-8",
         errors="replace",
+        start_new_session=True,
     )
 
 

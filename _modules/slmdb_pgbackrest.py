@@ -335,7 +335,8 @@ def run(
     except OSError as err:
         raise CommandExecutionError(f"pgbackrest cannot be run: {err.strerror}") from err
     if status:
-        raise CommandExecutionError(f"pgbackrest {verb}: {_why(said + text, options)}")
+        why = f"it was ended by signal {-status}" if status < 0 else _why(said + text, options)
+        raise CommandExecutionError(f"pgbackrest {verb}: {why}")
     return text
 
 
@@ -344,8 +345,8 @@ def _why(text: str, options: Sequence[str]) -> str:
     key = KEYS[2 if "--repo=2" in options else 1]
     cause = _CAUSE.search(text)
     reasons = [cause[1]] if cause else errors(text)
-    # What another key makes of a file is noise, and now and then no text at all.
-    if re.search(r"cipher|decrypt|flush", text) or "\N{REPLACEMENT CHARACTER}" in text:
+    # What another key makes of a file is noise, or no text; INFO quotes options that say cipher.
+    if re.search("(?m)^(?!.* INFO: ).*(cipher|decrypt|flush|\N{REPLACEMENT CHARACTER})", text):
         return f"the repository cannot be read: {key} is not the key that it was made with"
     return (reasons or text.strip().splitlines()[-1:] or ["no output"])[0]
 

@@ -75,7 +75,7 @@ def plan(
         one from before that needs the ``label`` of an older backup.
 
     Of several repositories the first one that has a fitting backup is taken. Returns ``target``,
-    ``label``, ``repository``, ``wal`` (the last segment that the backup itself needs), ``options``
+    ``label``, ``repository``, ``wal`` (the first segment that is replayed), ``options``
     (pgBackRest's) and ``bytes`` (of the data). Raises ``SaltInvocationError`` for what cannot be
     reached, with the range that can.
     """
@@ -103,7 +103,7 @@ def plan(
         options = ["--type=immediate", "--target-action=promote"]
     options = [f"--set={chosen['label']}", *options]
     size = chosen["database_bytes"]
-    made = {"label": chosen["label"], "wal": chosen["wal"][1], "bytes": size}
+    made = {"label": chosen["label"], "wal": chosen["wal"][0], "bytes": size}
     return {"target": target, "repository": chosen["repository"], "options": options, **made}
 
 
@@ -233,7 +233,8 @@ def beside(
         As for ``plan``; none of them: the end of the archived WAL.
 
     Returns ``instance``, ``port``, ``data_directory``, ``target``, ``label``, ``gap`` (what is
-    missing because WAL is; ``None``), ``seconds`` and ``remove`` (the command that throws it away).
+    missing because WAL is, or is damaged; ``None``), ``seconds`` and ``remove`` (the command that
+    throws it away).
     It archives nothing and is not started at boot.
     Raises ``SaltInvocationError`` for what cannot be, ``CommandExecutionError`` if it fails;
     nothing is left then.
@@ -255,12 +256,14 @@ def beside(
     number = _port(port)
     refuse = __salt__["slmdb_disk.refuse"]
     refuse(os.path.dirname(directory), "the restore", chosen["bytes"] * MARGIN)
-    gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
+    archived = _archive_all(found)
+    gap = __salt__["slmdb_backup_gap.words"](chosen, archived)
     files(directory, chosen, archive=False)
     try:
         _register(found, instance, directory, number)
         _run(["pg_ctlcluster", version, instance, "start"])
         _started(directory, number, instance)
+        gap = gap or __salt__["slmdb_backup_gap.short"](chosen, archived, port=number)
     except CommandExecutionError as err:
         _discard(version, instance, directory)
         raise CommandExecutionError(_reason(err, chosen)) from None
@@ -405,7 +408,8 @@ def in_place(
         As for ``plan``; none of them: the end of the archived WAL.
 
     Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and ``kept`` (the directory
-    of the old data). The files are restored before the server is stopped. Raises
+    of the old data). Without a target all WAL is read first, and the files are restored before the
+    server is stopped. Raises
     ``SaltInvocationError`` for what cannot be; ``CommandExecutionError`` if it fails: the old data
     is back in its place, and the server runs, then.
     """
@@ -420,6 +424,7 @@ def in_place(
     refuse = __salt__["slmdb_disk.refuse"]
     refuse(os.path.dirname(data), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
+    gap = gap or __salt__["slmdb_backup_gap.damaged"](chosen, f"{new}.wal")
     if gap:
         raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
     files(new, chosen, archive=True)

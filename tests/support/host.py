@@ -169,6 +169,16 @@ class Host:
         while self.run(command, check=time.monotonic() > deadline).returncode:
             time.sleep(0.1)
 
+    def processes(self, words):
+        """Return the ids, as the machine counts, of the processes of the host with these words."""
+        found, ours = [], os.readlink(f"/proc/{self.leader}/ns/pid")
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                line = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                if words in line and os.readlink(directory / "ns/pid") == ours:
+                    found.append(int(directory.name))
+        return found
+
     def snapshot(self, *directories):
         """Return what these directories hold: kind, mode, owner and content of every file."""
         words = ["find", *directories, "-xdev", *_without(NOT_OURS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import time
@@ -32,6 +33,38 @@ def changed(states):
 
 def failed(states):
     return {name: state["comment"] for name, state in states.items() if state["result"] is False}
+
+
+def _salt_call(host, words, **keywords):
+    """Run a function of the formula with the host's own pillar."""
+    line = [f"{FORMULA}/bin/salt-call", "--out=json", "-l", "error", *words]
+    return host.run(line, check=False, timeout=600, **keywords)
+
+
+def call(host, *words, **keywords):
+    """Return what a function of the formula returns."""
+    answer = _salt_call(host, words, **keywords)
+    assert answer.stdout.startswith("{"), answer.stdout + answer.stderr
+    return json.loads(answer.stdout)["local"]
+
+
+def refusal(host, *words, **keywords):
+    """Return the one line with which a function of the formula refuses."""
+    answer = _salt_call(host, words, **keywords)
+    assert answer.returncode != 0, answer.stdout
+    (line,) = [one for one in answer.stderr.splitlines() if words[0] in one]
+    return line
+
+
+@contextlib.contextmanager
+def restored(host, **target):
+    """Restore beside what runs; the copy goes by the command that the answer names."""
+    words = [f"{key}={value}" for key, value in target.items()]
+    answer = call(host, "slmdb_backup.restore", *words)
+    try:
+        yield answer
+    finally:
+        host.run(answer["remove"])
 
 
 def health(host):
