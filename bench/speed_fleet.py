@@ -13,7 +13,7 @@ from bench import support
 from tests.support import world as worlds
 from tests.support.salt_daemons import Master, Minion, copy_formula
 
-ROUNDS = 9
+ROUNDS = 5
 CALLS = {"test.ping": ("test.ping",), "slmdb.health": ("slmdb.health", "timeout=30")}
 PAPER = (1_000, 10_000)
 
