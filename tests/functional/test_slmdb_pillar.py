@@ -128,16 +128,20 @@ def test_a_report_after_a_run_reads_the_record(instance, recording):
     assert minion.call("slmdb_pillar.get", "port") == 5432
 
 
-def test_a_pillar_that_was_refreshed_counts_at_once(instance, minions):
+def test_a_pillar_that_was_refreshed_counts_at_once(instance, minions, monkeypatch):
     """Salt puts another object in the old one's place; what was merged of that is not used."""
     minion = minions({"slm_database": {"port": 5440, "role": "one"}})
     assert minion.call("slmdb_pillar.get", "port") == 5440
-    minion.modules.pack["__pillar__"] = {"slm_database": {"port": 5441}}
-    try:
-        assert minion.call("slmdb_pillar.get", "port") == 5441
-        assert minion.call("slmdb_pillar.get", "role") == "autobot_slm"
-    finally:
-        minion.modules.pack["__pillar__"] = minion.loaders.opts["pillar"]
+    refreshed = {"slm_database": {"port": 5441}}
+    monkeypatch.setitem(minion.modules.pack, "__pillar__", refreshed)
+    assert minion.call("slmdb_pillar.get", "port") == 5441
+    assert minion.call("slmdb_pillar.get", "role") == "autobot_slm"
+
+
+def test_the_next_test_has_a_pillar_of_its_own(instance, minions):
+    """Whatever the one before put in its place."""
+    minion = minions({"slm_database": {"port": 5442}})
+    assert minion.call("slmdb_pillar.get", "port") == 5442
 
 
 @pytest.mark.parametrize("keys", [("nothing",), ("secret", "nothing"), ("port", "deeper")])
