@@ -138,12 +138,6 @@ def test_a_pillar_that_was_refreshed_counts_at_once(instance, minions, monkeypat
     assert minion.call("slmdb_pillar.get", "role") == "autobot_slm"
 
 
-def test_the_next_test_has_a_pillar_of_its_own(instance, minions):
-    """Whatever the one before put in its place."""
-    minion = minions({"slm_database": {"port": 5442}})
-    assert minion.call("slmdb_pillar.get", "port") == 5442
-
-
 @pytest.mark.parametrize("keys", [("nothing",), ("secret", "nothing"), ("port", "deeper")])
 def test_a_setting_that_does_not_exist_is_one_line(bare, minions, keys):
     """Asked for by mistake in code or by hand."""
