@@ -116,6 +116,9 @@ def lines() -> list[str]:
     for key, option in OPTIONS[kind].items():
         if second[key] is not None:
             found.append(f"repo2-{option}={second[key]}")
+    if kind == "sftp":
+        # The engine keeps every file that it opened there open, and servers allow some 1000.
+        found.append("repo2-bundle=y")
     if second["verify_tls"] is False:
         found.append("repo2-storage-verify-tls=n")
     return found

@@ -343,6 +343,8 @@ def run(
 def _why(text: str, options: Sequence[str]) -> str:
     """The first error in one line, with advice where the words alone would mislead."""
     key = KEYS[2 if "--repo=2" in options else 1]
+    # A log of what it does begins with its options, and those speak of ciphers.
+    text = "\n".join(line for line in text.splitlines() if " INFO: " not in line)
     cause = _CAUSE.search(text)
     reasons = [cause[1]] if cause else errors(text)
     # What another key makes of a file is noise, or no text; INFO quotes options that say cipher.

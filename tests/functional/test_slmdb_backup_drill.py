@@ -111,6 +111,16 @@ def test_a_flipped_byte_is_found(host):
 
 
 @pytest.mark.once
+def test_a_missing_file_is_named(host):
+    """And nothing else is blamed for it."""
+    victim = backups.largest_file()
+    victim.unlink()
+    (problem,) = host.call("slmdb_backup.drill")["problems"]
+    assert "pgbackrest restore: " in problem and victim.name in problem
+    assert "is not the key" not in problem
+
+
+@pytest.mark.once
 def test_a_missing_segment_is_found(host):
     """The marker is not there, and what was written in between is not either."""
     execute(host, "INSERT INTO quiet VALUES (-1)")
