@@ -233,8 +233,8 @@ def flipped(host, path):
 
 
 def largest(host):
-    """Return the largest file of the newest full backup, and the backup's label."""
-    label = database.call(host, "slmdb_backup.list")[-1]["label"].split("_")[0]
+    """Make a full backup; return its largest file, which a restore needs, and its label."""
+    label = database.call(host, "slmdb_backup.create", "full")["label"]
     files = matching(host, f"{REPOSITORY}/backup/*/{label}/pg_data/base/*/*")
     return max(files, key=lambda path: path.stat().st_size), label
 
