@@ -1,4 +1,4 @@
-"""A host is lost altogether, and another one, bare, takes its place with one command."""
+"""A host is lost altogether, the repository on it as well: another one, bare, takes its place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import host as hosts
 from tests.support import host_database as database
 from tests.support.host import FORMULA
 
-REPOSITORY = "/var/lib/pgbackrest"
+REPOSITORY = "/srv/second"
 SECRETS = "/etc/autobot/slm-secrets.env"
 SALT = f"{FORMULA}/bin/salt-call"
 LOGIN = "psql -XAt -h 127.0.0.1 -p 5444 -U autobot_slm -d autobot_slm -c"
@@ -39,7 +39,8 @@ def key_pair(tmp_path_factory):
 def lost(boot, key_pair, tmp_path_factory):
     """A host in use: backed up, copied, written to until the plug is pulled; what is left of it."""
     kept = tmp_path_factory.mktemp("kept")
-    backup = {"enabled": True, "copy": {"recipients": [key_pair[1]]}}
+    second = {"type": "path", "path": REPOSITORY}
+    backup = {"copy": {"recipients": [key_pair[1]]}, "second": second}
     settings = {"port": 5444, "backup": backup, "health": {"timeout": 15}}
     host = boot(hosts.prepared("bookworm"))
     try:
@@ -71,7 +72,7 @@ def host(boot, lost, key_pair):
     made.push_formula()
     made.run(f"mkdir -p {REPOSITORY}")
     kept = lost["kept"]
-    subprocess.run(["cp", "-a", f"{kept}/pgbackrest/.", str(made.path(REPOSITORY))], check=True)
+    subprocess.run(["cp", "-a", f"{kept}/second/.", str(made.path(REPOSITORY))], check=True)
     subprocess.run(["cp", f"{kept}/slm-copy.age", str(made.path("/root"))], check=True)
     subprocess.run(["cp", str(key_pair[0]), str(made.path("/root/identity.txt"))], check=True)
     yield made
@@ -120,9 +121,10 @@ def test_the_configuration_is_back_without_the_pillar(recovered, host):
 
 
 def test_backups_go_on(recovered, host):
-    """In the same repository, on top of what was there."""
+    """In the repository that is left, on top of what was there; in the first one from the start."""
     made = host.run([SALT, "--out=json", "slmdb_backup.create"], timeout=300)
-    assert json.loads(made.stdout)["local"]["type"] == "incremental"
+    first = json.loads(made.stdout)["local"]
+    assert (first["type"], first["others"][0]["type"]) == ("full", "incremental")
     verified = host.run([SALT, "--out=json", "slmdb_backup.verify"], timeout=300)
     assert json.loads(verified.stdout)["local"]["right"] is True
 
