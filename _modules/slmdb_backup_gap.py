@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 from typing import Any
 
@@ -27,6 +26,7 @@ REACHED = """
 SELECT pg_last_wal_replay_lsn()::text AS lsn,
        pg_wal_lsn_diff(%s, pg_last_wal_replay_lsn()) > 64 AS short
 """
+_SEGMENT = re.compile(r"^.*/([0-9A-F]{24})-([0-9a-f]{40})", re.MULTILINE)
 SIZE = "SELECT setting::bigint AS bytes FROM pg_settings WHERE name = 'wal_segment_size'"
 
 
@@ -34,17 +34,19 @@ def __virtual__() -> str:
     return __virtualname__
 
 
-def _held() -> set[str]:
-    """The names of the segments that lie in the repository of this host."""
-    path = __salt__["slmdb_pillar.get"]("backup", "path")
-    found = os.walk(os.path.join(path, "archive"))
-    names = (name for _, _, files in found for name in files)
-    return {name[:24] for name in names if re.match(r"[0-9A-F]{24}-", name)}
+def _archived() -> list[tuple[str, str]]:
+    """Every archived segment with its checksum, wherever it is; a dead repository has none."""
+    stanza, found = __salt__["slmdb_pgbackrest.stanza"](), []
+    for number in __salt__["slmdb_pgbackrest.repositories"]():
+        words = ("repo-ls", f"--repo={number}", "--recurse", f"archive/{stanza}")
+        with contextlib.suppress(CommandExecutionError):
+            found += _SEGMENT.findall(__salt__["slmdb_pgbackrest.run"](*words))
+    return sorted(found)
 
 
 def first(begin: str, end: str) -> str | None:
     """
-    Name the first segment of archived WAL that the repository of this host lacks.
+    Name the first segment of archived WAL that no repository has.
 
     CLI Example:
 
@@ -59,7 +61,7 @@ def first(begin: str, end: str) -> str | None:
     which knows how large a segment is, does not answer.
     """
     each = LOG // __salt__["slmdb_server.query"](SIZE)[0]["bytes"]
-    held, timeline = _held(), end[:8]
+    held, timeline = {segment for segment, _ in _archived()}, end[:8]
     if begin[:8] != timeline:
         # Which timeline a segment belongs to only its history tells; one of that place will do.
         held = {timeline + name[8:] for name in held}
@@ -89,7 +91,7 @@ def words(chosen: dict[str, Any], archived: dict[str, str] | None) -> str | None
 
     Returns one line, ``None`` if nothing lacks. Raises what ``first`` raises.
     """
-    if archived is None or chosen["options"][1:] or chosen.get("repository", 1) != 1:
+    if archived is None or chosen["options"][1:]:
         return None
     found = first(chosen["wal"], archived["wal"])
     return found and (
@@ -140,14 +142,14 @@ def damaged(chosen: dict[str, Any], scratch: str) -> str | None:
     scratch
         A path that the server's user can write; each segment is there for a moment.
 
-    Returns one line, ``None`` if all are sound. Raises ``CommandExecutionError`` if the repository
-    cannot be listed.
+    Returns one line, ``None`` if all are sound. Raises ``CommandExecutionError`` if a segment
+    cannot be removed.
     """
     if chosen["options"][1:]:
         return None
     for segment, digest in _behind(chosen):
         try:
-            if _fetched(chosen["repository"], segment, scratch) == digest:
+            if _fetched(segment, scratch) == digest:
                 continue
             why = "its checksum is wrong"
         except CommandExecutionError as err:
@@ -158,18 +160,14 @@ def damaged(chosen: dict[str, Any], scratch: str) -> str | None:
 
 def _behind(chosen: dict[str, Any]) -> list[tuple[str, str]]:
     """Segments from the start of a backup on, with their checksums; of each place the newest."""
-    stanza = __salt__["slmdb_pgbackrest.stanza"]()
-    options = [f"--repo={chosen['repository']}", "--recurse"]
-    listed = __salt__["slmdb_pgbackrest.run"]("repo-ls", *options, f"archive/{stanza}")
-    found = re.findall(r"^.*/([0-9A-F]{24})-([0-9a-f]{40})", listed, re.MULTILINE)
-    newest = {segment[8:]: (segment, digest) for segment, digest in sorted(found)}
+    newest = {segment[8:]: (segment, digest) for segment, digest in _archived()}
     return [newest[place] for place in sorted(newest) if place >= chosen["wal"][8:]]
 
 
-def _fetched(repository: int, segment: str, scratch: str) -> str:
+def _fetched(segment: str, scratch: str) -> str:
     """The checksum of a segment as a server that asks for it gets it."""
     try:
-        __salt__["slmdb_pgbackrest.run"]("archive-get", f"--repo={repository}", segment, scratch)
+        __salt__["slmdb_pgbackrest.run"]("archive-get", segment, scratch)
         data = __salt__["slmdb_file.read"](scratch) or b""
     finally:
         __salt__["slmdb_file.remove"](scratch)

@@ -171,6 +171,7 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
         shutil.chown(directory, found["user"], found["user"])
         options = [*chosen["options"], f"--pg1-path={directory}"]
         options.append(f"--tablespace-map-all={directory}.tablespaces")
+        options.append(f"--recovery-option=restore_command={_fetch(directory)}")
         if not archive:
             options.append("--archive-mode=off")
         __salt__["slmdb_backup_progress.run"]("restore", chosen["repository"], *options)
@@ -182,6 +183,12 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
     except CommandExecutionError:
         shutil.rmtree(directory, ignore_errors=True)
         raise
+
+
+def _fetch(directory: str) -> str:
+    """WAL comes from whichever repository has it, not from that of the backup alone."""
+    words = ("archive-get", f"--pg1-path={directory}", "%f", '"%p"')
+    return " ".join(__salt__["slmdb_pgbackrest.line"](*words))
 
 
 def limits(directory: str) -> dict[str, str]:

@@ -86,6 +86,32 @@ def test_every_backup_goes_to_both_and_comes_back_from_either(host):
 
 
 @pytest.mark.once
+def test_wal_that_one_repository_lacks_comes_from_the_other(host):
+    """A gap is what none of them has, whichever has the backup."""
+    host.call("slmdb_backup.create")
+    write(host, "archived")
+    host.call("slmdb_backup.settle")
+    write(host, "lost")
+    segment = host.call("slmdb_backup.settle")["wal"]
+    write(host, "after")
+    host.call("slmdb_backup.settle")
+    for directory, gap, rows in (
+        (FIRST, False, ["archived", "lost", "after"]),
+        (SECOND, True, ["archived"]),
+    ):
+        (lost,) = (directory / "archive").rglob(f"{segment}-*")
+        lost.unlink()
+        answer = host.call("slmdb_backup.restore", instance=directory.name)
+        assert entries(host, answer["port"]) == rows
+        assert (f"has a gap at {segment}" in (answer["gap"] or "")) is gap
+    with dead(FIRST):
+        answer = host.call("slmdb_backup.restore", instance="third")
+        assert f"has a gap at {segment}" in answer["gap"]
+        with pytest.raises(CommandExecutionError, match=f"a gap at {segment}.*a time before it"):
+            host.call("slmdb_backup.restore", in_place="15/main")
+
+
+@pytest.mark.once
 def test_a_dead_second_repository_stops_nothing(host):
     """WAL and backups reach the first, and who is dead is named; later all is well by itself."""
     host.call("slmdb_backup.create")
