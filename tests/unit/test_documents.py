@@ -10,7 +10,7 @@ from tests.support import documents
 
 TESTS = documents.CHECKOUT / "tests"
 # Of what is shown in any other way nothing is typed on a host by an operator of the database.
-SHOWN = ("yaml", "text")
+SHOWN = ("ini", "text", "yaml")
 
 
 @pytest.mark.parametrize("document", documents.documents(), ids=lambda path: path.name)
