@@ -458,7 +458,7 @@ PRELOADED = {
 
 @pytest.fixture
 def clock(host):
-    """Let the clock of the server, of pgBackRest and of our functions jump."""
+    """Let the clock of the server and of pgBackRest jump."""
     host.run("apt-get -qq update && apt-get -qqy install libfaketime", timeout=600)
     words = " ".join(f"{name}={value}" for name, value in PRELOADED.items())
     unit = f"/run/systemd/system/{database.UNIT}.service.d/clock.conf"
@@ -479,15 +479,16 @@ def clock(host):
 
 def test_the_clock_jumps(host, clock):
     """Nothing is lost; a backup that would sort before the newest is refused in one line."""
+    database.call(host, "slmdb_backup.create")
     moment, first = twice(host)
     for offset, word in (("-1d", "refused"), ("+1d", "made"), ("+0", "refused")):
         clock(offset)
         assert abs(float(database.sql(host, DAYS)) - int(offset.rstrip("d"))) < 0.1
         writer.goes_on(host)
         if word == "made":
-            database.call(host, "slmdb_backup.create", env=PRELOADED)
+            database.call(host, "slmdb_backup.create")
         else:
-            line = database.refusal(host, "slmdb_backup.create", env=PRELOADED)
+            line = database.refusal(host, "slmdb_backup.create")
             assert "is not later than latest backup label" in line and "set the clock" in line
     assert writer.restored(host, "clock jumped") == set()
     with database.restored(host, time=moment) as copy:
