@@ -111,14 +111,20 @@ def processes(directory: str) -> list[int]:
 
 
 def _ours(pid: str, directory: str) -> bool:
-    """A server whose working directory is there, or an engine that was told to work there."""
+    """
+    A server whose working directory is there, or an engine that was told to work there.
+
+    One of a container on this host may have the same path and mean another directory.
+    """
+    above = os.path.dirname(directory)
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8") as stream:
             if stream.read().strip() not in PROGRAMS:
                 return False
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
             told = f"={directory}/data".encode() in stream.read()
-        return told or os.readlink(f"/proc/{pid}/cwd").startswith(f"{directory}/")
+        there = told or os.readlink(f"/proc/{pid}/cwd").startswith(f"{directory}/")
+        return there and os.path.samefile(f"/proc/{pid}/root{above}", above)
     except OSError:
         return False
 

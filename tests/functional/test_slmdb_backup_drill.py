@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -160,6 +161,34 @@ def test_a_lost_table_a_lost_row_and_a_row_too_many_are_found(host):
         assert any("is not in the copy" in line and "transaction" in line for line in lines)
     finally:
         subprocess.run(copy["remove"].split(), check=True)
+
+
+def test_what_works_at_that_path_in_a_container_is_left_alone(host, tmp_path):
+    """The same program in the same working directory, of which there are two."""
+    program = shutil.copy("/usr/bin/sleep", tmp_path / "postgres")
+    work = f"mkdir -p {DIRECTORY}/data && cd {DIRECTORY}/data && exec {program} 60"
+    away = f"mount -t tmpfs container {DIRECTORY.parent} && {work}"
+    started = [
+        subprocess.Popen(["unshare", "--mount", "sh", "-c", away]),
+        subprocess.Popen(["sh", "-c", work]),
+    ]
+    try:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and not all(
+            os.readlink(f"/proc/{one.pid}/cwd") == f"{DIRECTORY}/data"
+            and Path(f"/proc/{one.pid}/comm").read_text() == "postgres\n"
+            for one in started
+        ):
+            time.sleep(0.05)
+        found = host.call("slmdb_backup_scratch.processes", str(DIRECTORY))
+        assert found == [started[1].pid]
+        host.call("slmdb_backup_scratch.end", str(DIRECTORY))
+        assert [one.poll() is None for one in started] == [True, False]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+        shutil.rmtree(DIRECTORY)
 
 
 @pytest.mark.once
