@@ -73,6 +73,11 @@ def first(begin: str, end: str) -> str | None:
     return None
 
 
+def _has_target(chosen: dict[str, Any]) -> bool:
+    """Tell whether a restore ends before the WAL does; it fails then if its target is missed."""
+    return len(chosen["options"]) > 1
+
+
 def words(chosen: dict[str, Any], archived: dict[str, str] | None) -> str | None:
     """
     Say what a restore to the end of the archived WAL will lack.
@@ -91,7 +96,7 @@ def words(chosen: dict[str, Any], archived: dict[str, str] | None) -> str | None
 
     Returns one line, ``None`` if nothing lacks. Raises what ``first`` raises.
     """
-    if archived is None or chosen["options"][1:]:
+    if archived is None or _has_target(chosen):
         return None
     found = first(chosen["wal"], archived["wal"])
     return found and (
@@ -118,7 +123,7 @@ def short(chosen: dict[str, Any], archived: dict[str, str] | None, **where: Any)
     Returns one line, ``None`` if it did, or nobody knows how far it should. Raises
     ``CommandExecutionError`` if that server does not answer.
     """
-    if archived is None or chosen["options"][1:]:
+    if archived is None or _has_target(chosen):
         return None
     connection = __salt__["slmdb_server.connect"](**where)
     with contextlib.closing(connection), connection.cursor() as cursor:
@@ -145,7 +150,7 @@ def damaged(chosen: dict[str, Any], scratch: str) -> str | None:
     Returns one line, ``None`` if all are sound. Raises ``CommandExecutionError`` if a segment
     cannot be removed.
     """
-    if chosen["options"][1:]:
+    if _has_target(chosen):
         return None
     for segment, digest in _behind(chosen):
         try:

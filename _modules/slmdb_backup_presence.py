@@ -17,11 +17,8 @@ from salt.exceptions import CommandExecutionError
 __virtualname__ = "slmdb_backup_presence"
 
 RECORD = "/var/lib/autobot-slm-database/repositories.json"
-INCLUDED = "/etc/pgbackrest/autobot-slm"
-KEYS = {1: f"{INCLUDED}/key.conf", 2: f"{INCLUDED}/key-2.conf"}
 KEPT = ".kept"
 MOUNTS = "/etc/fstab"
-INFO = ("archive/{}/archive.info", "backup/{}/backup.info")
 PATIENCE = 60
 
 
@@ -64,8 +61,7 @@ def there(row: dict[str, Any]) -> bool:
     Raises nothing.
     """
     if row["local"]:
-        stanza = __salt__["slmdb_pgbackrest.stanza"]()
-        paths = (os.path.join(row["path"], name.format(stanza)) for name in INFO)
+        paths = __salt__["slmdb_backup_repository.info_files"](row["path"])
         return any(os.path.exists(path + end) for path in paths for end in ("", ".copy"))
     try:
         return bool(__salt__["slmdb_pgbackrest.info"](PATIENCE, row["repository"])["db"])
@@ -116,7 +112,8 @@ def _refuse_unmounted(row: dict[str, Any]) -> None:
 
 def _refuse_lost_key(row: dict[str, Any]) -> None:
     """A repository that was made with a key that is gone cannot be given another."""
-    key, stanza = KEYS[row["repository"]], __salt__["slmdb_pgbackrest.stanza"]()
+    key = __salt__["slmdb_pgbackrest.key"](row["repository"])
+    stanza = __salt__["slmdb_pgbackrest.stanza"]()
     if any(os.path.exists(key + end) for end in ("", KEPT)):
         return
     if os.path.isdir(os.path.join(row["path"], "archive", stanza)):

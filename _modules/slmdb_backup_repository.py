@@ -7,6 +7,7 @@ The first is a directory of this host; ``backup:second`` may add one more of sev
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +53,7 @@ OPTIONS = {
     "path": {},
 }
 SFTP = (2, 46)
+INFO = ("archive/{}/archive.info", "backup/{}/backup.info")
 PATIENCE = 30
 
 
@@ -83,6 +85,25 @@ def described() -> list[dict[str, Any]]:
         row = {"repository": 2, "type": second["type"], "where": _where(second)}
         rows.append({**row, "path": second["path"], "local": second["type"] == "path"})
     return rows
+
+
+def info_files(path: str) -> list[str]:
+    """
+    Return where a repository of this host says what it knows; each file has a ``.copy`` beside it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_repository.info_files /var/lib/pgbackrest
+
+    path
+        The repository's directory.
+
+    Returns the paths of the archive's and of the backups' file.
+    """
+    stanza = __salt__["slmdb_pgbackrest.stanza"]()
+    return [os.path.join(path, name.format(stanza)) for name in INFO]
 
 
 def _where(second: dict[str, Any]) -> str:

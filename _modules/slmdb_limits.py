@@ -91,11 +91,15 @@ def _unarchived(name: str, value: str) -> str | None:
     forbidden, reason = _ARCHIVING.get(name, ("", ""))
     if not reason or not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return None
-    vartype = "bool" if forbidden == "off" else "enum"
-    if forbidden is not None and __salt__["slmdb_conf.normal"](value, vartype) != forbidden:
+    if forbidden is not None and not _is(value, forbidden):
         return None
     shown = f"{forbidden} would end the backups" if forbidden else "it would end the backups"
     return f"{shown}: {reason}; remove it, or set slm_database:backup:enabled: false"
+
+
+def _is(value: str, forbidden: str) -> bool:
+    vartype = "bool" if forbidden in ("on", "off") else "enum"
+    return __salt__["slmdb_conf.normal"](value, vartype) == forbidden
 
 
 def _broken(name: str, value: str, data_directory: str) -> str | None:
@@ -107,8 +111,7 @@ def _broken(name: str, value: str, data_directory: str) -> str | None:
     forbidden, reason = _PROMISES.get(name, ("", ""))
     if forbidden is None:
         return reason
-    vartype = "bool" if forbidden in ("on", "off") else "enum"
-    if reason and __salt__["slmdb_conf.normal"](value, vartype) == forbidden:
+    if reason and _is(value, forbidden):
         return f"{forbidden} is not safe: {reason}"
     return None
 

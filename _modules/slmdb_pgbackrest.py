@@ -79,6 +79,22 @@ def settings() -> dict[str, str]:
     }
 
 
+def key(number: int) -> str:
+    """
+    Return the path of a repository's key.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.key 1
+
+    number
+        The repository.
+    """
+    return KEYS[number]
+
+
 def stanza() -> str:
     """
     Return the name under which the repositories know our instance.
@@ -278,24 +294,6 @@ def line(verb: str, *options: str) -> list[str]:
     return [*CONFIGURED, *flags, verb, *parameters]
 
 
-def command(*words: str) -> list[str]:
-    """
-    Return a command line that runs as the server's user and ends with us.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_pgbackrest.command id
-
-    words
-        The program and its arguments.
-    """
-    user = __salt__["slmdb_instance.facts"]()["user"]
-    become = ["--reuid", user, "--regid", user, "--init-groups", "--pdeathsig", "TERM"]
-    return ["setpriv", *become, "--", *words]
-
-
 def run(
     verb: str,
     *options: str,
@@ -327,7 +325,9 @@ def run(
             f"{CONFIG} does not exist; set slm_database:backup:enabled and apply the formula"
         )
     detail = ["--log-level-console=detail"] if told else []
-    words = command(*line(verb, *options, *detail, "--log-level-stderr=warn"))
+    words = __salt__["slmdb_program.command"](
+        *line(verb, *options, *detail, "--log-level-stderr=warn")
+    )
     try:
         status, text, said = __salt__["slmdb_backup_progress.listen"](words, timeout, told)
     except subprocess.TimeoutExpired:
@@ -342,14 +342,14 @@ def run(
 
 def _why(text: str, options: Sequence[str]) -> str:
     """The first error in one line, with advice where the words alone would mislead."""
-    key = KEYS[2 if "--repo=2" in options else 1]
+    path = key(2 if "--repo=2" in options else 1)
     # A log of what it does begins with its options, and those speak of ciphers.
     text = "\n".join(line for line in text.splitlines() if " INFO: " not in line)
     cause = _CAUSE.search(text)
     reasons = [cause[1]] if cause else errors(text)
-    # What another key makes of a file is noise, or no text; INFO quotes options that say cipher.
-    if re.search("(?m)^(?!.* INFO: ).*(cipher|decrypt|flush|\N{REPLACEMENT CHARACTER})", text):
-        return f"the repository cannot be read: {key} is not the key that it was made with"
+    # What another key makes of a file is noise, and now and then no text at all.
+    if re.search("cipher|decrypt|flush|\N{REPLACEMENT CHARACTER}", text):
+        return f"the repository cannot be read: {path} is not the key that it was made with"
     return (reasons or text.strip().splitlines()[-1:] or ["no output"])[0]
 
 

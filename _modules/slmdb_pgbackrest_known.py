@@ -27,7 +27,6 @@ BOUND = 3600
 PATIENCE = 60
 CONFIGURATION = ("/etc/pgbackrest/autobot-slm.conf", "/etc/pgbackrest/autobot-slm")
 PROGRAM = "/usr/bin/pgbackrest"
-INFO = ("archive/{}/archive.info", "backup/{}/backup.info")
 QUERY = """
 SELECT system_identifier::text AS id,
        coalesce(last_failed_time > coalesce(last_archived_time, '-infinity'), false) AS refused
@@ -66,9 +65,8 @@ def _repository(row: dict[str, Any]) -> list[list[Any]]:
     """The repository's files, and every directory on the way to them."""
     if not row["local"]:
         return [_seen(f"{__salt__['slmdb_pgbackrest.logs']()}-backup.log")]
-    stanza, path, found = __salt__["slmdb_pgbackrest.stanza"](), row["path"].rstrip("/"), []
-    for template in INFO:
-        info = os.path.join(path, template.format(stanza))
+    path, found = row["path"].rstrip("/"), []
+    for info in __salt__["slmdb_backup_repository.info_files"](path):
         found += [_seen(info), _seen(f"{info}.copy")]
         found += [_seen(one, len(one) >= len(path)) for one in _above(info)]
     return found

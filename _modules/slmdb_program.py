@@ -23,6 +23,24 @@ def __virtual__() -> str:
     return __virtualname__
 
 
+def command(*words: str) -> list[str]:
+    """
+    Return a command line that runs as the server's user and ends with us.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_program.command id
+
+    words
+        The program and its arguments.
+    """
+    user = __salt__["slmdb_instance.facts"]()["user"]
+    become = ["--reuid", user, "--regid", user, "--init-groups", "--pdeathsig", "TERM"]
+    return ["setpriv", *become, "--", *words]
+
+
 def listen(
     *words: str,
     as_server: bool = False,
@@ -55,7 +73,7 @@ def listen(
     """
     line = [*before, *words]
     if as_server:
-        line = __salt__["slmdb_pgbackrest.command"](*line)
+        line = command(*line)
     path = os.environ.get("PATH", "/usr/bin:/bin")
     try:
         done = subprocess.run(

@@ -19,7 +19,6 @@ from salt.exceptions import CommandExecutionError
 __virtualname__ = "slmdb_recovery_data"
 
 KEYS = "/etc/pgbackrest/autobot-slm"
-KEYS_OF = {1: f"{KEYS}/key.conf", 2: f"{KEYS}/key-2.conf"}
 ENCRYPTED = b"Salted__"  # how a file begins that pgBackRest encrypted
 FOREVER = 10**6
 MARGIN = 1.1
@@ -98,14 +97,15 @@ def _repository_problem() -> str | None:
 
 
 def _head(row: dict[str, Any]) -> bytes | None:
-    stanza = __salt__["slmdb_pgbackrest.stanza"]()
-    return __salt__["slmdb_file.read"](os.path.join(row["path"], "backup", stanza, "backup.info"))
+    _, backups = __salt__["slmdb_backup_repository.info_files"](row["path"])
+    return __salt__["slmdb_file.read"](backups)
 
 
 def _locked(row: dict[str, Any]) -> str | None:
     """Why a repository of this host cannot be read."""
     path, number = row["path"], row["repository"]
-    encrypted, key = (_head(row) or b"").startswith(ENCRYPTED), KEYS_OF[number]
+    encrypted = (_head(row) or b"").startswith(ENCRYPTED)
+    key = __salt__["slmdb_pgbackrest.key"](number)
     if encrypted and not os.path.exists(key):
         return (
             f"the repository in {path} is encrypted and its key {key} is missing; nobody reads it "

@@ -145,7 +145,7 @@ def test_a_backup_that_goes_behind_its_back_is_not_told_any_more(backed_up):
 def test_a_backup_that_failed_is_said_with_its_reason(backed_up):
     """Until one is made."""
     line = backed_up.call("slmdb_pgbackrest.line", "backup")
-    command = backed_up.call("slmdb_pgbackrest.command", *line)
+    command = backed_up.call("slmdb_program.command", *line)
     with buried(REPOSITORY):
         assert subprocess.run(command, check=False, capture_output=True).returncode
     assert "the backup of 20" in said(backed_up, "warnings")

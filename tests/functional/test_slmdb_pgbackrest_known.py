@@ -143,7 +143,7 @@ def test_another_instance_s_stanza_in_its_place_is_noticed(host):
         shutil.rmtree(REPOSITORY / place)
     words = host.call("slmdb_pgbackrest.line", "stanza-create", "--no-online")
     words.insert(-1, "--pg1-path=/var/lib/postgresql/15/other")
-    subprocess.run(host.call("slmdb_pgbackrest.command", *words), check=True)
+    subprocess.run(host.call("slmdb_program.command", *words), check=True)
     with pytest.raises(CommandExecutionError, match="the backups of another instance"):
         ask(host)
 

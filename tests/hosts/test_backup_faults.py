@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.support import backups, writer
 from tests.support import host_database as database
-from tests.support import writer
 
 REPOSITORY = "/srv/repository"
 DATA = "/var/lib/postgresql/15"
@@ -88,8 +88,8 @@ def matching(host, pattern):
 
 def begun(host):
     """Tell whether a backup is there that has files and is not complete."""
-    backups = matching(host, f"{REPOSITORY}/backup/*/2*/pg_data/base")
-    return any(not (base.parents[1] / "backup.manifest").exists() for base in backups)
+    found = matching(host, f"{REPOSITORY}/backup/*/2*/pg_data/base")
+    return any(not (base.parents[1] / "backup.manifest").exists() for base in found)
 
 
 def kill(*processes):
@@ -163,9 +163,10 @@ def test_kill_9_of_the_archiver(host, beside):
 
 def room(host, directory, mebibytes=None):
     """Leave a small file system so much free; None: as much as it had at first."""
-    used = host.run(f"df --output=used -B1K {directory} | tail -1").stdout.strip()
-    size = "2g" if mebibytes is None else f"{int(used) + mebibytes * 1024}k"
-    host.run(f"mount -o remount,size={size} {directory}")
+    if mebibytes is None:
+        host.run(f"mount -o remount,size=2g {directory}")
+    else:
+        database.shrink(host, directory, mebibytes * 1024)
 
 
 def write_wal(host, mebibytes):
@@ -214,22 +215,13 @@ def test_a_repository_that_takes_no_wal(host, how):
 
 
 @contextlib.contextmanager
-def flipped(host, path):
+def flipped(path):
     """Change one bit in the middle of a file of the repository, and back."""
-
-    def flip():
-        with path.open("r+b") as stream:
-            middle = stream.seek(0, os.SEEK_END) // 2
-            stream.seek(middle)
-            (byte,) = stream.read(1)
-            stream.seek(middle)
-            stream.write(bytes([byte ^ 1]))
-
-    flip()
+    backups.flip(path)
     try:
         yield
     finally:
-        flip()
+        backups.flip(path)
 
 
 def largest(host):
@@ -253,7 +245,7 @@ def test_a_flipped_byte(host, victim):
     """Found and named by verify, found by the drill; the server never notices."""
     server = database.postmaster(host)
     path, name = victim(host)
-    with flipped(host, path):
+    with flipped(path):
         found = database.call(host, "slmdb_backup.verify")
         drilled = database.call(host, "slmdb_backup.drill")
         print(name, found["problems"], drilled["problems"])
@@ -288,14 +280,14 @@ def missing_wal(host):
 @contextlib.contextmanager
 def damaged_wal(host):
     path, segment = newest(host)
-    with flipped(host, path):
+    with flipped(path):
         yield f"archived WAL segment {segment} is damaged: "
 
 
 @contextlib.contextmanager
 def damaged_backup(host):
     path, _ = largest(host)
-    with flipped(host, path):
+    with flipped(path):
         yield path.name.split(".")[0]
 
 
@@ -382,8 +374,8 @@ def test_a_crash_between_an_alter_and_the_backup(host):
     altered = "psql -XAt -h /var/run/postgresql -U autobot_slm -d autobot_slm -p {port} -c "
     altered += "'SELECT DISTINCT altered FROM written'"
     setting = "SHOW log_min_duration_statement"
-    for backups, expected in ((0, "-1"), (1, "4711ms")):
-        if backups:
+    for made, expected in ((0, "-1"), (1, "4711ms")):
+        if made:
             database.call(host, "slmdb_backup.create")
         with database.restored(host) as copy:
             assert host.run(altered.format(port=copy["port"])).stdout.strip() == "yes"

@@ -75,12 +75,6 @@ def typed(host, scene, moment=MOMENT, dump=DUMP):
     return [host.run(f"cd {FORMULA} && {one}", timeout=900).stdout for one in told]
 
 
-def shrink(host, directory, left):
-    """Leave a disk only so many KiB more than it holds."""
-    used = int(host.run(f"df --output=used -k {directory} | tail -1").stdout)
-    host.run(f"mount -o remount,size={used + left}k {directory}")
-
-
 def test_a_table_was_dropped(host):
     """It is back with its rows, its key and its sequence; the copy is gone."""
     moment = sql(host, NOW)
@@ -114,7 +108,7 @@ def test_the_repository_s_disk_is_full(host, pillar):
     """A backup is refused before it begins; with fewer of them kept there is room."""
     for _ in range(2):
         call(host, "slmdb_backup.create", "full")
-    shrink(host, REPOSITORY, 1024)
+    database.shrink(host, REPOSITORY, 1024)
     refused = host.run(f"{FORMULA}/bin/salt-call slmdb_backup.create full", check=False)
     assert refused.returncode != 0
     assert "MiB free, the next full backup needs about" in refused.stderr
@@ -134,7 +128,7 @@ def test_the_data_s_disk_is_full(host):
     call(host, "slmdb_backup.restore")
     dump = call(host, "slmdb_backup.dump")["name"]
     before = sql(host, "INSERT INTO nodes VALUES (11, 'the last') RETURNING id")
-    shrink(host, DATA, 4096)
+    database.shrink(host, DATA, 4096)
     fill = "CREATE TABLE filler AS SELECT repeat('x', 900) FROM generate_series(1, 99999)"
     assert "No space left on device" in sql(host, fill, check=False).stderr
     typed(host, "data", dump=dump)

@@ -35,22 +35,22 @@ def failed(states):
     return {name: state["comment"] for name, state in states.items() if state["result"] is False}
 
 
-def _salt_call(host, words, **keywords):
+def _salt_call(host, words):
     """Run a function of the formula with the host's own pillar."""
     line = [f"{FORMULA}/bin/salt-call", "--out=json", "-l", "error", *words]
-    return host.run(line, check=False, timeout=600, **keywords)
+    return host.run(line, check=False, timeout=600)
 
 
-def call(host, *words, **keywords):
+def call(host, *words):
     """Return what a function of the formula returns."""
-    answer = _salt_call(host, words, **keywords)
+    answer = _salt_call(host, words)
     assert answer.stdout.startswith("{"), answer.stdout + answer.stderr
     return json.loads(answer.stdout)["local"]
 
 
-def refusal(host, *words, **keywords):
+def refusal(host, *words):
     """Return the one line with which a function of the formula refuses."""
-    answer = _salt_call(host, words, **keywords)
+    answer = _salt_call(host, words)
     assert answer.returncode != 0, answer.stdout
     (line,) = [one for one in answer.stderr.splitlines() if words[0] in one]
     return line
@@ -84,6 +84,12 @@ def sql(host, statement, port=5432):
     """Return what psql prints for the administrator."""
     words = ["runuser", "-u", "postgres", "--", "psql", "-XAt", "-p", str(port), "-c", statement]
     return host.run(words).stdout.strip()
+
+
+def shrink(host, directory, kibibytes):
+    """Leave a file system in memory only so much more than it holds."""
+    used = int(host.run(f"df --output=used -B1K {directory} | tail -1").stdout)
+    host.run(f"mount -o remount,size={used + kibibytes}k {directory}")
 
 
 def active(host, unit=UNIT):
