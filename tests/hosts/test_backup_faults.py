@@ -38,6 +38,7 @@ CREATE TABLE ballast AS SELECT string_agg(gen_random_uuid()::text, '') AS filler
 ARCHIVED = "SELECT last_archived_wal FROM pg_stat_archiver"
 FILL = "SELECT pg_logical_emit_message(false, '', string_agg(filler, '')) FROM ballast"
 SWITCH = "SELECT pg_walfile_name(pg_switch_wal())"
+WAITS = "SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name LIKE '%.ready'"
 TMP = f"{REPOSITORY}/archive/*/*/*/*.pgbackrest.tmp"
 
 
@@ -170,13 +171,16 @@ def room(host, directory, mebibytes=None):
 
 
 def write_wal(host, mebibytes):
-    """Make so much WAL, and return the largest size in MiB that pg_wal had on the way."""
-    largest = 0
+    """
+    Make so much WAL, no faster than the archiver deals with it: the machine decides nothing.
+
+    Returns the size in MiB that pg_wal has after the next checkpoint.
+    """
     for _ in range(mebibytes // 16):
         database.sql(host, f"{FILL}; {SWITCH}")
-        found = database.sql(host, "SELECT sum(size) / 1024 ^ 2 FROM pg_ls_waldir()")
-        largest = max(largest, float(found))
-    return largest
+        database.until(host, f"({WAITS}) <= {QUEUE // 16 + 2}")
+    database.sql(host, "CHECKPOINT")
+    return float(database.sql(host, "SELECT sum(size) / 1024 ^ 2 FROM pg_ls_waldir()"))
 
 
 @contextlib.contextmanager
@@ -195,23 +199,28 @@ def unusable(host, how):
             host.run(f"umount {REPOSITORY}")
 
 
+def queue_problems(host):
+    """Return what health says of WAL that is not archived; the last drill is another matter."""
+    problems = database.health(host)[1]["problems"]
+    return [line for line in problems if "WAL" in line and "restore drill" not in line]
+
+
 @pytest.mark.parametrize("how", ["full", "away"])
 def test_a_repository_that_takes_no_wal(host, how):
     """The queue ends at its limit, the application goes on; a full backup makes it right again."""
     server = database.postmaster(host)
     with unusable(host, how):
-        most = write_wal(host, 6 * QUEUE)
-        print(how, "repository: pg_wal had at most", most, "MiB")
-        assert most < QUEUE + 2 * WAL
+        kept = write_wal(host, 8 * QUEUE)
+        print(how, "repository: pg_wal has", kept, "MiB")
+        assert kept < QUEUE + 2 * WAL
         writer.goes_on(host)
         assert (database.postmaster(host), database.ready(host)) == (server, database.READY)
-        problems = database.health(host)[1]["problems"]
-        assert [line for line in problems if "queue_limit was reached" in line], problems
+        assert any("queue_limit was reached" in line for line in queue_problems(host))
         print(how, "repository:", database.refusal(host, "slmdb_backup.create", "full"))
     with database.restored(host) as copy:
         assert "the archived WAL has a gap at" in copy["gap"]
     right(host, f"repository {how}", "full")
-    assert [line for line in database.health(host)[1]["problems"] if "WAL" in line] == []
+    assert queue_problems(host) == []
 
 
 @contextlib.contextmanager
@@ -433,7 +442,7 @@ def test_in_place_under_the_unit(host, beside):
     assert database.sql(host, LAST) == first
     assert database.active(host) == "active"
     assert host.path(f"{answer['kept']}/PG_VERSION").exists()
-    assert [line for line in database.health(host)[1]["problems"] if "WAL" in line] == []
+    assert queue_problems(host) == []
     writer.start(host)
     right(host, "restored in place")
     host.run(["rm", "-r", answer["kept"]])

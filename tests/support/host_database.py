@@ -86,6 +86,14 @@ def sql(host, statement, port=5432):
     return host.run(words).stdout.strip()
 
 
+def until(host, condition, patience=90):
+    """Wait until the server says that this is true."""
+    deadline = time.monotonic() + patience
+    while sql(host, f"SELECT {condition}") != "t":
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.2)
+
+
 def shrink(host, directory, kibibytes):
     """Leave a file system in memory only so much more than it holds."""
     used = int(host.run(f"df --output=used -B1K {directory} | tail -1").stdout)
