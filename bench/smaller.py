@@ -63,13 +63,19 @@ def disk(
 
 @contextlib.contextmanager
 def memory(megabytes: int) -> Iterator[None]:
-    """Hold this process and what it starts, page cache included, to so much memory."""
+    """
+    Hold this process and what it starts, page cache included, to so much memory.
+
+    What others have read before would be cached at their cost: it is dropped.
+    """
     base, knob = next(
         ((base, knob) for base, knob in MEMORY if (base / "cgroup.procs").exists()), MEMORY[1]
     )
     group = base / f"slmdb-bench-{os.getpid()}"
     group.mkdir()
     try:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
         (group / knob).write_text(str(megabytes * 1024**2))
         (group / "cgroup.procs").write_text(str(os.getpid()))
         yield

@@ -7,8 +7,8 @@ slows the machine down slows all of them. Four workloads: pgbench's three, and o
 backend's (heartbeats, batches of trace spans, dashboard reads). Printed is a table of medians and,
 for each ratio, its 95 % bootstrap interval over the rounds. Run it as root:
 
-    bench/tuning.py --scale 100 --rounds 7 --seconds 120 --operations 3000 --megabytes 125
-    bench/tuning.py --scale 300 --rounds 7 --seconds 60 --memory 2048
+    bench/tuning.py --scale 100 --rounds 7 --seconds 120 --operations 3000
+    bench/tuning.py --scale 200 --rounds 5 --seconds 30 --memory 2048 --operations 3000
     bench/tuning.py --rounds 60 --seconds 4 --together --workloads select-only backend
 
 What only the processor decides differs by less than the machine does from minute to minute. There
