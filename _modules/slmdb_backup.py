@@ -48,6 +48,7 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
         "repository_bytes": size["repository"]["delta"],
         "needs": found.get("reference") or [],
         "wal": [found["archive"]["start"], found["archive"]["stop"]],
+        "lsn": found["lsn"]["stop"],
         "damaged": bool(found.get("error")),
     }
 
@@ -85,9 +86,9 @@ def list_() -> list[dict[str, Any]]:
 
     Returns for each ``label``, ``type`` (full, differential, incremental), ``repository``,
     ``started`` and ``stopped`` (UTC), ``seconds``, ``database_bytes``, ``repository_bytes`` (what
-    it added), ``needs`` (labels), ``wal`` (first and last segment) and ``damaged`` (pages whose
-    checksum was wrong). A second repository that cannot be read is named in the log, and by
-    ``info``. Raises ``CommandExecutionError`` if none can be read.
+    it added), ``needs`` (labels), ``wal`` (first and last segment), ``lsn`` (where it was complete)
+    and ``damaged`` (pages whose checksum was wrong). A second repository that cannot be read is
+    named in the log, and by ``info``. Raises ``CommandExecutionError`` if none can be read.
     """
     _enabled()
     found, failures = [], []
@@ -139,6 +140,7 @@ def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
     number = repository["repository"]
     found = __salt__["slmdb_pgbackrest.info"](timeout, number)
     backups = sorted((_row(one) for one in found["backup"]), key=lambda row: row["stopped"])
+    stops = [one["timestamp"]["stop"] for one in found["backup"]]
     lock = found["status"].get("lock", {}).get("backup", {})
     done, size = lock.get("size-cplt"), lock.get("size")
     archive = found["archive"][-1] if found["archive"] else {}
@@ -153,7 +155,8 @@ def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
         "free_bytes": free(repository["path"]) if repository["local"] else None,
         "backups": len(backups),
         "newest": backups[-1] if backups else None,
-        "earliest": backups[0]["stopped"] if backups else None,
+        # pgBackRest leaves the parts of a second out.
+        "earliest": _moment(min(stops) + 1) if stops else None,
         "first_wal": archive.get("min"),
         "last_wal": archive.get("max"),
     }
@@ -203,12 +206,13 @@ def before_change() -> str | None:
 
         salt-call slmdb_backup.before_change
 
-    Returns its label; ``None`` if ``backup:enabled`` is false or the server does not archive before
-    its next restart. Raises what ``create`` raises.
+    One repository that has it is enough; another that failed is named in the log. Returns its
+    label; ``None`` if ``backup:enabled`` is false or the server does not archive before its next
+    restart. Raises what ``create`` raises.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled") or parked():
         return None
-    return str(create()["label"])
+    return str(__salt__["slmdb_backup_create.create"]("incremental", everywhere=False)["label"])
 
 
 def settle() -> dict[str, str]:
@@ -226,6 +230,8 @@ def settle() -> dict[str, str]:
     """
     query = __salt__["slmdb_server.query"]
     refuse_parked()
+    if len(__salt__["slmdb_backup_repository.described"]()) == 1:
+        __salt__["slmdb_backup_presence.refuse_hanging"]()
     transaction = query("SELECT pg_current_xact_id()::text AS id")[0]["id"]
     row = query(
         "SELECT pg_current_wal_insert_lsn()::text AS lsn, "

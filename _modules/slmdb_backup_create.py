@@ -4,6 +4,7 @@ Backups, made and verified in every repository, one after the other.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb_backup_create"
+
+log = logging.getLogger(__name__)
 
 TYPES = {"full": "full", "differential": "diff", "incremental": "incr"}
 # A backup is seldom larger than the last one of its kind, but it may be.
@@ -29,7 +32,7 @@ def _name(row: dict[str, Any]) -> str:
     return f"repository {row['repository']} ({row['where']})"
 
 
-def create(wanted: str) -> dict[str, Any]:
+def create(wanted: str, everywhere: bool = True) -> dict[str, Any]:
     """
     Make a backup in every repository.
 
@@ -41,6 +44,8 @@ def create(wanted: str) -> dict[str, Any]:
 
     wanted
         ``full``, ``differential`` or ``incremental``.
+    everywhere
+        Whether every repository must have it; else one is enough, and the log names the others.
 
     Returns the one of the first repository as ``slmdb_backup.list`` has it, and ``others``. Raises
     ``SaltInvocationError`` for another type; ``CommandExecutionError`` that names each repository
@@ -63,7 +68,10 @@ def create(wanted: str) -> dict[str, Any]:
             if len(repositories) == 1:
                 raise
             failed.append(f"{_name(row)}: {err}")
-    if failed:
+    if made and not everywhere:
+        for line in failed:
+            log.warning("slmdb_backup.create: %s", line)
+    elif failed:
         done = [f"repository {row['repository']} has {row['label']}" for row in made]
         raise CommandExecutionError("; ".join(failed + done))
     return {**made[0], "others": made[1:]}

@@ -7,6 +7,7 @@ A segment may be missing, which its name tells, or damaged, which only replaying
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import re
 from typing import Any
@@ -26,6 +27,7 @@ REACHED = """
 SELECT pg_last_wal_replay_lsn()::text AS lsn,
        pg_wal_lsn_diff(%s, pg_last_wal_replay_lsn()) > 64 AS short
 """
+USUAL = 1 << 24  # bytes of a segment, unless initdb was told otherwise
 _SEGMENT = re.compile(r"^.*/([0-9A-F]{24})-([0-9a-f]{40})", re.MULTILINE)
 SIZE = "SELECT setting::bigint AS bytes FROM pg_settings WHERE name = 'wal_segment_size'"
 
@@ -65,17 +67,16 @@ def first(begin: str, end: str) -> str | None:
     if begin[:8] != timeline:
         # Which timeline a segment belongs to only its history tells; one of that place will do.
         held = {timeline + name[8:] for name in held}
-    start, stop = (int(name[8:16], 16) * each + int(name[16:], 16) for name in (begin, end))
-    for number in range(start, stop + 1):
-        name = f"{timeline}{number // each:08X}{number % each:08X}"
+    for number in range(_number(begin, each), _number(end, each) + 1):
+        name = _named(timeline, number, each)
         if name not in held:
             return name
     return None
 
 
-def _has_target(chosen: dict[str, Any]) -> bool:
-    """Tell whether a restore ends before the WAL does; it fails then if its target is missed."""
-    return len(chosen["options"]) > 1
+def _named(timeline: str, number: int, each: int) -> str:
+    """The name of a segment, counted from the beginning of the WAL."""
+    return f"{timeline}{number // each:08X}{number % each:08X}"
 
 
 def words(chosen: dict[str, Any], archived: dict[str, str] | None) -> str | None:
@@ -96,7 +97,7 @@ def words(chosen: dict[str, Any], archived: dict[str, str] | None) -> str | None
 
     Returns one line, ``None`` if nothing lacks. Raises what ``first`` raises.
     """
-    if archived is None or _has_target(chosen):
+    if archived is None or chosen["ends"]:
         return None
     found = first(chosen["wal"], archived["wal"])
     return found and (
@@ -123,7 +124,7 @@ def short(chosen: dict[str, Any], archived: dict[str, str] | None, **where: Any)
     Returns one line, ``None`` if it did, or nobody knows how far it should. Raises
     ``CommandExecutionError`` if that server does not answer.
     """
-    if archived is None or _has_target(chosen):
+    if archived is None or chosen["ends"]:
         return None
     connection = __salt__["slmdb_server.connect"](**where)
     with contextlib.closing(connection), connection.cursor() as cursor:
@@ -132,9 +133,9 @@ def short(chosen: dict[str, Any], archived: dict[str, str] | None, **where: Any)
     return f"{ENDS} {reached}, not at {archived['lsn']}: {ADVICE}" if found else None
 
 
-def damaged(chosen: dict[str, Any], scratch: str) -> str | None:
+def damaged(chosen: dict[str, Any]) -> str | None:
     """
-    Name the first segment of archived WAL that a restore cannot read as it was written.
+    Name the first segment of archived WAL that is missing, or cannot be read as it was written.
 
     CLI Example:
 
@@ -144,33 +145,118 @@ def damaged(chosen: dict[str, Any], scratch: str) -> str | None:
 
     chosen
         As for ``words``; with a target nothing is read, because the target is missed then.
-    scratch
-        A path that the server's user can write; each segment is there for a moment.
 
     Returns one line, ``None`` if all are sound. Raises ``CommandExecutionError`` if a segment
     cannot be removed.
     """
-    if _has_target(chosen):
+    if chosen["ends"]:
         return None
-    for segment, digest in _behind(chosen):
-        try:
-            if _fetched(segment, scratch) == digest:
-                continue
-            why = "its checksum is wrong"
-        except CommandExecutionError as err:
-            why = str(err)
-        return f"archived WAL segment {segment} is damaged: {why}"
+    each = LOG // _segment_size()
+    before: int | None = None
+    for segment, digest in _behind(chosen, each):
+        number = _number(segment, each)
+        if before is not None and number != before + 1:
+            return f"archived WAL segment {_named(segment[:8], before + 1, each)} is missing"
+        found = _damage(segment, digest)
+        if found:
+            return found
+        before = number
     return None
 
 
-def _behind(chosen: dict[str, Any]) -> list[tuple[str, str]]:
-    """Segments from the start of a backup on, with their checksums; of each place the newest."""
-    newest = {segment[8:]: (segment, digest) for segment, digest in _archived()}
+def _number(segment: str, each: int) -> int:
+    """Which segment it is, counted from the beginning of the WAL."""
+    return int(segment[8:16], 16) * each + int(segment[16:], 16)
+
+
+def _damage(segment: str, digest: str) -> str | None:
+    try:
+        if _fetched(segment) == digest:
+            return None
+        why = "its checksum is wrong"
+    except CommandExecutionError as err:
+        why = str(err)
+    return f"archived WAL segment {segment} is damaged: {why}"
+
+
+def left_out(directory: str) -> str | None:
+    """
+    Say which archived WAL was not replayed by a server that replayed all it could.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_gap.left_out /var/lib/postgresql/15/main
+
+    directory
+        The data directory of that server, which is stopped.
+
+    Returns one line, ``None`` if no segment follows. Raises ``CommandExecutionError`` if the
+    repositories or the control file cannot be read.
+    """
+    histories = sorted(glob.glob(f"{directory}/pg_wal/*.history"))
+    if not histories:
+        return None
+    # Where the new timeline left its parent.
+    text = (__salt__["slmdb_file.read"](histories[-1]) or b"").decode()
+    timeline, place = list(__salt__["slmdb_timeline.parents"](text).items())[-1]
+    size = _segment_size()
+    last = (place - 1) // size
+    reached, following = (
+        _named(f"{timeline:08X}", number, LOG // size) for number in (last, last + 1)
+    )
+    behind = {
+        segment: digest
+        for segment, digest in _archived()
+        if segment[:8] == reached[:8] and segment > reached
+    }
+    if not behind:
+        return None
+    if following not in behind:
+        why: str | None = f"{following} is missing"
+    else:
+        why = _damage(following, behind[following])
+    if not why and max(behind) == following:
+        return None  # it begins with the end of a record that nothing completes
+    return (
+        f"the archived WAL goes on to {max(behind)} but could be replayed to {reached} only: "
+        f"{why or f'{following} does not fit'}; "
+        "what was committed after that is not in this database"
+    )
+
+
+def _segment_size() -> int:
+    """As the control file has it; a server that does not start may not have one."""
+    found = __salt__["slmdb_instance.facts"]()
+    program = f"{found['bin_directory']}/pg_controldata"
+    try:
+        told = __salt__["slmdb_program.run"](program, found["data_directory"])
+    except CommandExecutionError:
+        return USUAL
+    return int(re.findall(r"Bytes per WAL segment: +(\d+)", told)[0])
+
+
+def _behind(chosen: dict[str, Any], each: int) -> list[tuple[str, str]]:
+    """
+    Segments from the start of a backup on, with their checksums; of each place the newest.
+
+    What an earlier timeline has behind the place where it was left is on nobody's way.
+    """
+    way = __salt__["slmdb_timeline.branch"]()
+    left = {tli: (place - 1) * each // LOG for tli, place in way["parents"].items()}
+    newest = {}
+    for segment, digest in _archived():
+        timeline = int(segment[:8], 16)
+        own = way["timeline"] in (None, timeline)
+        if own or _number(segment, each) <= left.get(timeline, -1):
+            newest[segment[8:]] = (segment, digest)
     return [newest[place] for place in sorted(newest) if place >= chosen["wal"][8:]]
 
 
-def _fetched(segment: str, scratch: str) -> str:
+def _fetched(segment: str) -> str:
     """The checksum of a segment as a server that asks for it gets it."""
+    scratch = f"{__salt__['slmdb_pgbackrest.work']()}/segment"
     try:
         __salt__["slmdb_pgbackrest.run"]("archive-get", segment, scratch)
         data = __salt__["slmdb_file.read"](scratch) or b""

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -198,36 +197,28 @@ def _free_percent(directory: str) -> float:
     return round(100 * seen.f_bavail / (seen.f_blocks or 1), 1)
 
 
-def _look(directory: str, found: dict[str, Any]) -> None:
+def _look(directory: str) -> tuple[bool, float, dict[str, float]]:
     """Read a directory of backups; one is complete once its manifest is there."""
     complete = {}
-    try:
-        found["there"] = os.path.exists(f"{directory}/backup.info")
-        found["free_percent"] = _free_percent(directory)
-        for name in os.listdir(directory):
-            if LABEL.fullmatch(name):
-                with contextlib.suppress(OSError):
-                    complete[name] = os.stat(f"{directory}/{name}/backup.manifest").st_mtime
-    except OSError:
-        found["there"] = False
-    found["complete"] = complete
+    for name in os.listdir(directory):
+        if LABEL.fullmatch(name):
+            with contextlib.suppress(OSError):
+                complete[name] = os.stat(f"{directory}/{name}/backup.manifest").st_mtime
+    return os.path.exists(f"{directory}/backup.info"), _free_percent(directory), complete
 
 
 def _listed(path: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the directories of a repository say; a mount that hangs is as good as none."""
-    found: dict[str, Any] = {}
     directory = f"{path}/backup/{__salt__['slmdb_pgbackrest.stanza']()}"
-    look = threading.Thread(target=_look, args=(directory, found), daemon=True)
-    look.start()
-    look.join(PATIENCE)
-    if "complete" not in found:
+    try:
+        there, free, complete = __salt__["slmdb_disk.within"](PATIENCE, path, _look, directory)
+    except OSError:
         return {"there": False}
-    complete = found["complete"]
     last = max(complete, key=lambda name: complete[name], default=None)
     return {
-        "there": found["there"],
+        "there": there,
         "backups": len(complete),
-        "free_percent": found.get("free_percent"),
+        "free_percent": free,
         "last": _last(last, complete[last], runs.get(last, {})) if last else None,
     }
 

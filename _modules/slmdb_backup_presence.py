@@ -20,6 +20,7 @@ RECORD = "/var/lib/autobot-slm-database/repositories.json"
 KEPT = ".kept"
 MOUNTS = "/etc/fstab"
 PATIENCE = 60
+MOUNT_PATIENCE = 5
 
 
 def __virtual__() -> str:
@@ -69,9 +70,36 @@ def there(row: dict[str, Any]) -> bool:
         return False
 
 
+def refuse_hanging(number: int | None = None) -> None:
+    """
+    Refuse a repository of this host whose mount does not answer: whoever touches it waits for ever.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_presence.refuse_hanging
+
+    number
+        The repository; ``None``: any.
+
+    Raises ``CommandExecutionError`` with one line that says what to do.
+    """
+    for row in __salt__["slmdb_backup_repository.described"]():
+        if not row["local"] or number not in (None, row["repository"]):
+            continue
+        try:
+            __salt__["slmdb_disk.within"](MOUNT_PATIENCE, row["path"], os.path.exists, row["path"])
+        except TimeoutError:
+            raise CommandExecutionError(
+                f"{_key(row)}: {row['path']} does not answer within {MOUNT_PATIENCE} s; see to "
+                "what is mounted there"
+            ) from None
+
+
 def refuse_lost() -> None:
     """
-    Refuse a repository of this host that is gone, or whose key is.
+    Refuse a repository of this host that hangs or is gone, or whose key is.
 
     CLI Example:
 
@@ -81,6 +109,7 @@ def refuse_lost() -> None:
 
     Raises ``CommandExecutionError`` with one line that says what to do.
     """
+    refuse_hanging()
     encrypted = __salt__["slmdb_backup_repository.encrypted"]()
     for row in __salt__["slmdb_backup_repository.described"]():
         if not row["local"]:
@@ -99,11 +128,10 @@ def _key(row: dict[str, Any]) -> str:
 
 def _refuse_unmounted(row: dict[str, Any]) -> None:
     """What would be written below a mount point without its mount is hidden by it later."""
-    text = (__salt__["slmdb_file.read"](MOUNTS) or b"").decode(errors="replace")
-    fields = (line.split("#")[0].split() for line in text.splitlines())
-    points = [words[1].replace("\\040", " ").rstrip("/") for words in fields if len(words) > 2]
-    for point in points:
-        if point and f"{row['path']}/".startswith(f"{point}/") and not os.path.ismount(point):
+    mounted = set(__salt__["slmdb_disk.mount_points"]())
+    for point in __salt__["slmdb_disk.column"](MOUNTS, 1):
+        below = point and f"{row['path']}/".startswith(f"{point}/")
+        if below and not {point, os.path.realpath(point)} & mounted:
             raise CommandExecutionError(
                 f"{_key(row)}: {row['path']} is not mounted, {MOUNTS} says that {point} is a mount "
                 "point; mount it"

@@ -189,6 +189,35 @@ def credentials() -> bytes | None:
     return f"[global]\nrepo2-s3-key={key}\nrepo2-s3-key-secret={secret}\n".encode()
 
 
+def supply(second: dict[str, Any], text: bytes) -> dict[str, Any]:
+    """
+    Return the pillar that gives what such a file holds.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_repository.supply '{"type": "path"}' ''
+
+    second
+        ``backup:second`` from pillar.
+    text
+        The file's, as ``credentials`` made it.
+
+    Returns a dictionary of nested keys; empty for a type that needs none. Raises nothing.
+    """
+    found = dict(re.findall(r"^repo2-s3-(key(?:-secret)?)=(\S+)$", text.decode(), re.MULTILINE))
+    pillar: dict[str, Any] = {}
+    for option, name in (("key", "key_pillar"), ("key-secret", "secret_pillar")):
+        if option in found and second.get(name):
+            *above, last = second[name].split(":")
+            place = pillar
+            for part in above:
+                place = place.setdefault(part, {})
+            place[last] = found[option]
+    return pillar
+
+
 def _supplied(name: str, reference: str) -> str:
     value: Any = __pillar__
     for part in reference.split(":"):
@@ -261,10 +290,11 @@ def holds(row: dict[str, Any], segment: str) -> bool:
     Returns a boolean; a repository that cannot be asked holds nothing. Raises nothing.
     """
     stanza, below = __salt__["slmdb_pgbackrest.stanza"](), f"{segment[:16]}/{segment}-*"
-    if row["local"]:
-        return bool(glob.glob(f"{row['path']}/archive/{stanza}/*/{below}"))
     options = [f"--repo={row['repository']}", "--output=json"]
     try:
+        if row["local"]:
+            __salt__["slmdb_backup_presence.refuse_hanging"](row["repository"])
+            return bool(glob.glob(f"{row['path']}/archive/{stanza}/*/{below}"))
         found = __salt__["slmdb_pgbackrest.info"](PATIENCE, row["repository"])["archive"]
         where = f"archive/{stanza}/{found[-1]['id']}/{segment[:16]}" if found else "archive"
         text = __salt__["slmdb_pgbackrest.run"]("repo-ls", *options, where, timeout=PATIENCE)

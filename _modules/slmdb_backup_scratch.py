@@ -22,6 +22,12 @@ __virtualname__ = "slmdb_backup_scratch"
 NAME = ".autobot-slm-drill"
 SOCKETS = "/run/autobot-slm-drill"
 PORT = 5432
+UNBOUND = {
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "default_transaction_read_only": "off",
+}
 PROGRAMS = ("postgres", "pgbackrest")
 # What must not touch anything outside, or wait for it.
 OWN = {
@@ -88,8 +94,11 @@ def where() -> dict[str, Any]:
     .. code-block:: bash
 
         salt-call slmdb_backup_scratch.where
+
+    What a database or a role sets for its sessions must not end what reads the copy.
     """
-    return {"host": SOCKETS, "port": PORT}
+    free = " ".join(f"-c {name}={value}" for name, value in UNBOUND.items())
+    return {"host": SOCKETS, "port": PORT, "options": free}
 
 
 def processes(directory: str) -> list[int]:
@@ -266,24 +275,9 @@ def start(directory: str, chosen: dict[str, Any], preload: str) -> subprocess.Po
         ("log", ""),
     ):
         __salt__["slmdb_file.write"](f"{directory}/{name}", text, user, user, "0600")
-    become = ["--reuid", user, "--regid", user, "--init-groups", "--pdeathsig", "QUIT"]
-    words = [*isolation(chosen["repository"]), "setpriv", *become, "--"]
-    words += [f"{found['bin_directory']}/postgres", "-D", f"{directory}/data"]
-    for name, value in _settings(directory, chosen, preload, int(found["version"])).items():
-        words += ["-c", f"{name}={value}"]
-    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": directory}
-    try:
-        with open(f"{directory}/log", "ab") as log:
-            return subprocess.Popen(
-                words,
-                cwd=f"{directory}/data",
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-    except OSError as err:
-        raise CommandExecutionError(f"{directory}: no server: {err.strerror}") from err
+    settings = _settings(directory, chosen, preload, int(found["version"]))
+    before = isolation(chosen["repository"])
+    return __salt__["slmdb_replay.start"](f"{directory}/data", f"{directory}/log", settings, before)
 
 
 def _settings(directory: str, chosen: dict[str, Any], preload: str, version: int) -> dict[str, str]:

@@ -161,14 +161,14 @@ def _how(done: dict[str, Any], seconds: float) -> str:
 
 
 def _restore_point(plan: dict[str, Any]) -> str | None:
-    """Mark the place in the WAL, and take a backup if backups are set up."""
+    """Take a backup if backups are set up, and mark the place in the WAL that follows it."""
+    __salt__["slmdb_backup.before_change"]()
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     name: str | None = f"{moment}-before-{'-'.join(plan['targets'])}"[:63]
     if _query("SHOW wal_level")[0]["wal_level"] == "minimal":
         name = None  # there is nothing to restore to
     else:
         _query("SELECT pg_create_restore_point(%s)", [name])
-    __salt__["slmdb_backup.before_change"]()
     return name
 
 

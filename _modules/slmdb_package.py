@@ -19,6 +19,7 @@ __virtualname__ = "slmdb_package"
 # What dpkg knows, and its journal: what is there is not in the other yet.
 STATUS = "/var/lib/dpkg/status"
 UPDATES = "/var/lib/dpkg/updates"
+FRESH = 3600  # seconds for which apt's lists are as good as new
 PART = 64 * 1024
 FORMAT = "Package: ${Package}\nStatus: ${Status}\nVersion: ${Version}\n\n"
 
@@ -143,9 +144,12 @@ def differences() -> dict:
 
 def _unavailable(missing: list[str]) -> list[str]:
     """The packages that the host's sources lack; old lists would name files that are gone."""
-    if missing:
-        __salt__["pkg.refresh_db"]()
-    return [name for name in missing if not __salt__["slmdb_repository.offers"](name)]
+    absent = missing
+    for age in (FRESH, 0):  # a source that was added since is in no list yet
+        if absent:
+            __salt__["pkg.refresh_db"](cache_valid_time=age)
+            absent = [name for name in missing if not __salt__["slmdb_repository.offers"](name)]
+    return absent
 
 
 def _last_word(text: object) -> str:

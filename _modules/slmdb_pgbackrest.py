@@ -95,6 +95,32 @@ def key(number: int) -> str:
     return KEYS[number]
 
 
+def credentials_file() -> str:
+    """
+    Return the path of the file that holds what opens the second repository.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.credentials_file
+    """
+    return CREDENTIALS
+
+
+def work() -> str:
+    """
+    Return a directory that belongs to the server's user, for what lasts a moment.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.work
+    """
+    return WORK
+
+
 def stanza() -> str:
     """
     Return the name under which the repositories know our instance.
@@ -220,9 +246,11 @@ def differences() -> dict[str, Any]:
     __salt__["slmdb_backup_repository.refuse_old"]()
     __salt__["slmdb_backup_presence.refuse_lost"]()
     changes: dict[str, Any] = {} if since else {SINCE: {"old": None, "new": "present"}}
-    for path in _directories():
+    for path, (owner, *_) in _directories().items():
         if not os.path.isdir(path):
             changes[path] = {"old": None, "new": "a directory"}
+        elif before := _another_owner(path, owner):
+            changes[f"{path}: user"] = {"old": before, "new": owner}
     user = __salt__["slmdb_instance.facts"]()["user"]
     for path, data in _files().items():
         changes.update(__salt__["slmdb_file.differences"](path, data, "root", user, "0640"))
@@ -248,7 +276,7 @@ def apply() -> None:
         return
     user = __salt__["slmdb_instance.facts"]()["user"]
     for path, (owner, group, mode) in _directories().items():
-        if not os.path.isdir(path):
+        if not os.path.isdir(path) or _another_owner(path, owner):
             _make(path, owner, group, mode)
     for path, data in _files().items():
         if data is None:
@@ -257,6 +285,15 @@ def apply() -> None:
             __salt__["slmdb_file.write"](path, data, "root", user, "0640")
     if not os.path.exists(SINCE):
         __salt__["slmdb_file.write"](SINCE, f"{int(time.time())}\n".encode(), mode="0640")
+
+
+def _another_owner(path: str, owner: str) -> str | None:
+    """Whose an empty directory is, such as a disk that was just mounted, if not its owner's."""
+    try:
+        before = __salt__["file.get_user"](path)
+        return before if before != owner and set(os.listdir(path)) <= {"lost+found"} else None
+    except OSError:
+        return None
 
 
 def _make(path: str, owner: str, group: str, mode: int) -> None:
@@ -324,6 +361,7 @@ def run(
         raise CommandExecutionError(
             f"{CONFIG} does not exist; set slm_database:backup:enabled and apply the formula"
         )
+    __salt__["slmdb_backup_presence.refuse_hanging"](_number(options))
     detail = ["--log-level-console=detail"] if told else []
     words = __salt__["slmdb_program.command"](
         *line(verb, *options, *detail, "--log-level-stderr=warn")
@@ -340,9 +378,14 @@ def run(
     return text
 
 
+def _number(options: Sequence[str]) -> int | None:
+    """The repository that options name."""
+    return next((int(word[7:]) for word in options if word.startswith("--repo=")), None)
+
+
 def _why(text: str, options: Sequence[str]) -> str:
     """The first error in one line, with advice where the words alone would mislead."""
-    path = key(2 if "--repo=2" in options else 1)
+    path = key(_number(options) or 1)
     # A log of what it does begins with its options, and those speak of ciphers.
     text = "\n".join(line for line in text.splitlines() if " INFO: " not in line)
     cause = _CAUSE.search(text)

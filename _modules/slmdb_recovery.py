@@ -208,7 +208,7 @@ def unpack(copy: str, identity: str) -> dict[str, Any]:
     if not os.path.exists(os.path.join(manifest["instance"]["data_directory"], "PG_VERSION")):
         mark({"instance": planned["instance"], "copy": planned["made"]})
     if planned["pillar"]:
-        _write_pillar(planned["pillar"], planned["settings"])
+        _write_pillar(planned["pillar"], planned["settings"], files)
     for path in planned["files"]:
         _write(path, files[path])
     return planned
@@ -275,16 +275,22 @@ def _install() -> None:
         raise CommandExecutionError(f"apt-get install {' '.join(missing)}: {line}") from None
 
 
-def _write_pillar(path: str, settings: dict[str, Any]) -> None:
-    """The settings first: a top file without them would be an error."""
+def _write_pillar(path: str, settings: dict[str, Any], files: dict[str, _File]) -> None:
+    """
+    The settings first, with the keys of the repository that they refer to: a top file without them
+    would be an error.
+    """
     name = os.path.basename(path).removesuffix(".sls")
-    files = {
-        path: {"slm_database": settings},
+    kept = files.get(__salt__["slmdb_pgbackrest.credentials_file"]())
+    second = settings.get("backup", {}).get("second", {})
+    keys = __salt__["slmdb_backup_repository.supply"](second, kept.data) if kept else {}
+    contents = {
+        path: {**keys, "slm_database": settings},
         os.path.join(os.path.dirname(path), "top.sls"): {"base": {"*": [name]}},
     }
-    for one, content in files.items():
+    for one, content in contents.items():
         text = salt.utils.yaml.safe_dump(content, default_flow_style=False)
-        __salt__["slmdb_file.write"](one, text.encode(), mode="0640")
+        __salt__["slmdb_file.write"](one, text.encode(), mode="0600")
 
 
 def _write(path: str, file: _File) -> None:

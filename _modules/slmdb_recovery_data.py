@@ -81,6 +81,7 @@ def _repository_problem() -> str | None:
     """Why nothing can be restored, as far as that is seen without running anything."""
     if not _get("backup", "enabled"):
         return "slm_database:backup:enabled: is false; there is nothing to restore from"
+    __salt__["slmdb_backup_presence.refuse_hanging"]()
     rows = __salt__["slmdb_backup_repository.described"]()
     held = [row for row in rows if row["local"] and _head(row) is not None]
     for row in held:
@@ -142,12 +143,31 @@ def apply() -> None:
             _own(row["path"], found["user"])
     _share_keys(found["user"])
     __salt__["slmdb_pgbackrest.apply"]()
-    newest = _newest()
-    _files(found, newest)
+    _files(found, __salt__["slmdb_restore.plan"]())
     if not found["exists"]:
         _register(found)
     _replay()
     __salt__["slmdb_recovery.unmark"]()
+
+
+def left_out() -> str | None:
+    """
+    Say which archived WAL the restored data lacks, because a segment is missing or damaged.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_recovery_data.left_out
+
+    To be asked right after ``apply``. Returns one line, ``None`` if nothing lacks. Raises nothing:
+    what cannot be told is a line, too.
+    """
+    data = __salt__["slmdb_instance.facts"]()["data_directory"]
+    try:
+        return __salt__["slmdb_backup_gap.left_out"](data)
+    except CommandExecutionError as err:
+        return f"whether all archived WAL was replayed cannot be told: {err}"
 
 
 def _own(path: str, user: str) -> None:
@@ -164,34 +184,37 @@ def _share_keys(user: str) -> None:
         _run("chmod", "--recursive", "u=rwX,g=rX,o=", KEYS)
 
 
-def _newest() -> dict[str, Any]:
-    rows = __salt__["slmdb_backup.list"]()
-    if not rows:
-        raise CommandExecutionError("the repository holds no backup; nothing can be restored")
-    return rows[-1]
-
-
-def _files(found: dict[str, Any], newest: dict[str, Any]) -> None:
+def _files(found: dict[str, Any], chosen: dict[str, Any]) -> None:
     """Restore into the data directory; an interrupted restore goes on where it was."""
     data = found["data_directory"]
-    options = [f"--repo={newest['repository']}", f"--set={newest['label']}"]
+    fetch = __salt__["slmdb_restore.fetch"](data)
+    options = [f"--repo={chosen['repository']}", *chosen["options"]]
+    options.append(f"--recovery-option=restore_command={fetch}")
     begun = ("backup.manifest", "PG_VERSION")
     if any(os.path.exists(os.path.join(data, name)) for name in begun):
         options.append("--delta")
     else:
         _make_empty(data, found["user"])
-        __salt__["slmdb_disk.refuse"](data, "the restore", newest["database_bytes"] * MARGIN)
+        __salt__["slmdb_disk.refuse"](data, "the restore", chosen["bytes"] * MARGIN)
     __salt__["slmdb_pgbackrest.run"]("restore", f"--pg1-path={data}", *options)
 
 
 def _make_empty(directory: str, user: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     try:
-        os.makedirs(os.path.dirname(directory), mode=0o755, exist_ok=True)
+        _make_above(os.path.dirname(directory), user)
         os.mkdir(directory, 0o700)
         shutil.chown(directory, user, user)
     except OSError as err:
         raise CommandExecutionError(f"{directory}: cannot be made: {err.strerror}") from err
+
+
+def _make_above(directory: str, user: str) -> None:
+    """What is made on the way is the server's, as its packages make it."""
+    if not os.path.isdir(directory):
+        _make_above(os.path.dirname(directory), user)
+        os.mkdir(directory, 0o755)
+        shutil.chown(directory, user, user)
 
 
 def _register(found: dict[str, Any]) -> None:

@@ -8,13 +8,14 @@ not touched until that has worked.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
 import socket
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -22,6 +23,9 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "slmdb_restore"
 
 MARGIN = 1.1
+SAME = timedelta(days=1)
+# The target in words, pgBackRest's options for it, the backup, and the timeline.
+_Way = tuple[str, list[str], dict[str, Any], dict[str, Any]]
 # What a server in recovery needs to have at least as large as the one that wrote the WAL.
 LIMITS = {
     "max_connections": "max_connections setting",
@@ -71,65 +75,144 @@ def plan(
     label
         The backup to begin with; alone: the moment at which it was complete.
     restore_point
-        A name given by ``pg_create_restore_point``. It is looked for from the newest backup on;
-        one from before that needs the ``label`` of an older backup.
+        A name given by ``pg_create_restore_point``. It is looked for from the newest backup on, one
+        that begins with its moment (as those of migrations do) from the newest before that; any
+        other from before the newest backup needs the ``label`` of an older one.
 
-    Of several repositories the first one that has a fitting backup is taken. Returns ``target``,
-    ``label``, ``repository``, ``wal`` (the first segment that is replayed), ``options``
-    (pgBackRest's) and ``bytes`` (of the data). Raises ``SaltInvocationError`` for what cannot be
-    reached, with the range that can.
+    Of several repositories the first one is taken, unless its fitting backup is a day older than
+    another's. After a restore in place a moment means what the server was then: before it on the
+    old timeline, after it on the new one. Returns ``target``, ``label``, ``repository``, ``wal``
+    (the first segment that is replayed), ``options`` (pgBackRest's), ``ends`` (whether that is
+    before the WAL does) and ``bytes`` (of the data). Raises ``SaltInvocationError`` for what cannot
+    be reached, with the range that can.
     """
-    if time and restore_point:
+    if time is not None and restore_point is not None:
         raise SaltInvocationError("time and restore_point cannot both be given; choose one")
     rows = _backups()
-    known = {row["label"]: row for row in reversed(rows)}
-    if label and label not in known:
+    _refuse_unknown(label, rows)
+    if time is not None:
+        target, options, chosen, way = _to_moment(rows, _utc(time), label)
+    elif restore_point is not None:
+        target, options, chosen, way = _to_point(rows, str(restore_point), label)
+    elif label is not None:
+        target, options, chosen, way = _to_backup(rows, label)
+    else:
+        way = __salt__["slmdb_timeline.branch"]()
+        target, options = "the end of the archived WAL", []
+        chosen = _newest(_leading(rows, way))
+    timeline = __salt__["slmdb_timeline.options"](way["timeline"], way["latest"])
+    return {
+        "target": target,
+        "label": chosen["label"],
+        "repository": chosen["repository"],
+        "wal": chosen["wal"][0],
+        "options": [f"--set={chosen['label']}", *options, *timeline],
+        "ends": bool(options),
+        "bytes": chosen["database_bytes"],
+    }
+
+
+def _to_moment(rows: list[dict[str, Any]], moment: datetime, label: str | None) -> _Way:
+    way = __salt__["slmdb_timeline.branch"](moment.timestamp(), rows)
+    options = _until("time", moment.strftime("%Y-%m-%d %H:%M:%S.%f+00"))
+    return moment.isoformat(), options, _before(rows, moment, label, way), way
+
+
+def _to_point(rows: list[dict[str, Any]], name: str, label: str | None) -> _Way:
+    way = __salt__["slmdb_timeline.branch"]()
+    options = _until("name", _quoted(name))
+    return f"restore point {name}", options, _before_point(rows, name, label, way), way
+
+
+def _to_backup(rows: list[dict[str, Any]], label: str) -> _Way:
+    """On the timeline that it was made on."""
+    chosen, way = _labelled(rows, label), __salt__["slmdb_timeline.branch"]()
+    options = ["--type=immediate", "--target-action=promote"]
+    # With this type pgBackRest takes the timeline only in PostgreSQL's own words.
+    options.append(f"--recovery-option=recovery_target_timeline={int(chosen['wal'][0][:8], 16)}")
+    return f"backup {label}", options, chosen, {**way, "latest": True}
+
+
+def _until(kind: str, target: str) -> list[str]:
+    return [f"--type={kind}", f"--target={target}", "--target-action=promote"]
+
+
+def _quoted(name: str) -> str:
+    """As it stands in PostgreSQL's configuration, into which pgBackRest writes it as it is."""
+    if not name or len(name.encode()) > 63 or not name.isprintable():
         raise SaltInvocationError(
-            f"label: there is no backup {label}; there are {', '.join(reversed(known))}"
+            f"restore_point: {name[:70]!r} is no name; allowed: 1 to 63 bytes that can be printed"
         )
-    chosen = known[label] if label else _newest(rows)
-    options, target = [], "the end of the archived WAL"
-    if time:
-        moment = _utc(time)
-        chosen = _before(rows, moment, label)
-        target = moment.isoformat()
-        text = moment.strftime("%Y-%m-%d %H:%M:%S.%f+00")
-        options = ["--type=time", f"--target={text}", "--target-action=promote"]
-    elif restore_point:
-        target = f"restore point {restore_point}"
-        options = ["--type=name", f"--target={restore_point}", "--target-action=promote"]
-    elif label:
-        target = f"backup {label}"
-        options = ["--type=immediate", "--target-action=promote"]
-    options = [f"--set={chosen['label']}", *options]
-    size = chosen["database_bytes"]
-    made = {"label": chosen["label"], "wal": chosen["wal"][0], "bytes": size}
-    return {"target": target, "repository": chosen["repository"], "options": options, **made}
+    return name.replace("\\", "\\\\").replace("'", "''")
+
+
+def _refuse_unknown(label: str | None, rows: list[dict[str, Any]]) -> None:
+    known = {row["label"] for row in rows}
+    if label is not None and label not in known:
+        raise SaltInvocationError(
+            f"label: there is no backup {label!r}; there are {', '.join(sorted(known))}"
+        )
+
+
+def _labelled(rows: list[dict[str, Any]], label: str) -> dict[str, Any]:
+    return next(row for row in rows if row["label"] == label)
 
 
 def _newest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest of the first repository that has one: that is nearer, and as good."""
-    return max(rows, key=lambda row: (-row["repository"], row["stopped"], row["label"]))
+    """The newest; one of a nearer repository is as good if it is of the same day."""
+    last = max(_utc(row["stopped"]) for row in rows)
+    recent = [row for row in rows if last - _utc(row["stopped"]) <= SAME]
+    return max(recent, key=lambda row: (-row["repository"], row["stopped"], row["label"]))
 
 
-def _before(rows: list[dict[str, Any]], moment: datetime, label: str | None) -> dict[str, Any]:
-    """The newest backup that was complete at a moment."""
-    earliest = _utc(rows[0]["stopped"])
+def _leading(rows: list[dict[str, Any]], way: dict[str, Any]) -> list[dict[str, Any]]:
+    """The backups that lead to a timeline."""
+    leading = [row for row in rows if __salt__["slmdb_timeline.leads"](row, way)]
+    if not leading:
+        raise CommandExecutionError(
+            "no backup leads to what was restored in place; slmdb_backup.create makes one"
+        )
+    return leading
+
+
+def _complete(row: dict[str, Any]) -> datetime:
+    """From when on a backup can be restored; pgBackRest leaves the parts of a second out."""
+    return _utc(row["stopped"]) + timedelta(seconds=1)
+
+
+def _before(
+    rows: list[dict[str, Any]], moment: datetime, label: str | None, way: dict[str, Any]
+) -> dict[str, Any]:
+    """The newest backup that was complete at a moment, and leads to what the server was then."""
+    earliest = _complete(rows[0])
     now = datetime.now(timezone.utc)
     if moment < earliest or moment > now:
         raise SaltInvocationError(
             f"time: {moment.isoformat()} cannot be reached; "
             f"from {earliest.isoformat()} to {now.isoformat(timespec='seconds')} can"
         )
-    fitting = [row for row in rows if _utc(row["stopped"]) <= moment]
-    if not label:
+    fitting = _leading([row for row in rows if _complete(row) <= moment], way)
+    if label is None:
         return _newest(fitting)
     if label not in [row["label"] for row in fitting]:
         raise SaltInvocationError(
             f"label: backup {label} was not complete at {moment.isoformat()}; "
             f"{fitting[-1]['label']} was"
         )
-    return next(row for row in fitting if row["label"] == label)
+    return _labelled(fitting, label)
+
+
+def _before_point(
+    rows: list[dict[str, Any]], name: str, label: str | None, way: dict[str, Any]
+) -> dict[str, Any]:
+    """The backup to look for a restore point from: our own names begin with their moment."""
+    if label is not None:
+        return _labelled(rows, label)
+    leading = _leading(rows, way)
+    with contextlib.suppress(ValueError):
+        made = datetime.strptime(name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
+        leading = [row for row in leading if _utc(row["stopped"]) <= made] or leading
+    return _newest(leading)
 
 
 def _port(wanted: int | None) -> int:
@@ -146,7 +229,7 @@ def _port(wanted: int | None) -> int:
     raise SaltInvocationError(f"port: {wanted or 'none of the next hundred'} is free; name another")
 
 
-def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
+def files(directory: str, chosen: dict[str, Any], archive: bool) -> str | None:
     """
     Restore the files into a directory that is made; nothing is left of it if that fails.
 
@@ -163,15 +246,18 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
     archive
         Whether a server on these files shall archive its WAL.
 
-    Raises ``CommandExecutionError`` if pgBackRest or the disk refuses.
+    Returns the directory of the tablespaces, if there are any. Raises ``CommandExecutionError`` if
+    pgBackRest or the disk refuses.
     """
     found = __salt__["slmdb_instance.facts"]()
+    spaces = f"{directory}.tablespaces-{int(_now())}"
     try:
-        os.mkdir(directory, 0o700)
-        shutil.chown(directory, found["user"], found["user"])
+        for path in (directory, spaces):
+            os.mkdir(path, 0o700)
+            shutil.chown(path, found["user"], found["user"])
         options = [*chosen["options"], f"--pg1-path={directory}"]
-        options.append(f"--tablespace-map-all={directory}.tablespaces")
-        options.append(f"--recovery-option=restore_command={_fetch(directory)}")
+        options.append(f"--tablespace-map-all={spaces}")
+        options.append(f"--recovery-option=restore_command={fetch(directory)}")
         if not archive:
             options.append("--archive-mode=off")
         __salt__["slmdb_backup_progress.run"]("restore", chosen["repository"], *options)
@@ -181,12 +267,35 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> None:
     except OSError as err:
         raise CommandExecutionError(f"{directory}: cannot be made: {err.strerror}") from err
     except CommandExecutionError:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory, spaces)
         raise
+    if os.listdir(spaces):
+        return spaces
+    os.rmdir(spaces)
+    return None
 
 
-def _fetch(directory: str) -> str:
-    """WAL comes from whichever repository has it, not from that of the backup alone."""
+def _remove(*paths: str | None) -> None:
+    for path in paths:
+        if path:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def fetch(directory: str) -> str:
+    """
+    Return the command that gets a segment of WAL from whichever repository has it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_restore.fetch /var/lib/postgresql/15/main
+
+    directory
+        The data directory that it is for.
+
+    What pgBackRest writes by itself asks the repository of the backup alone.
+    """
     words = ("archive-get", f"--pg1-path={directory}", "%f", '"%p"')
     return " ".join(__salt__["slmdb_pgbackrest.line"](*words))
 
@@ -265,14 +374,14 @@ def beside(
     refuse(os.path.dirname(directory), "the restore", chosen["bytes"] * MARGIN)
     archived = _archive_all(found)
     gap = __salt__["slmdb_backup_gap.words"](chosen, archived)
-    files(directory, chosen, archive=False)
+    spaces = files(directory, chosen, archive=False)
     try:
         _register(found, instance, directory, number)
         _run(["pg_ctlcluster", version, instance, "start"])
         _started(directory, number, instance)
         gap = gap or __salt__["slmdb_backup_gap.short"](chosen, archived, port=number)
     except CommandExecutionError as err:
-        _discard(version, instance, directory)
+        _discard(version, instance, directory, spaces)
         raise CommandExecutionError(_reason(err, chosen)) from None
     return {
         "instance": f"{version}/{instance}",
@@ -282,7 +391,8 @@ def beside(
         "label": chosen["label"],
         "gap": gap,
         "seconds": round(_clock() - begun, 1),
-        "remove": f"pg_dropcluster --stop {version} {instance}",
+        "remove": f"pg_dropcluster --stop {version} {instance}"
+        + (f" && rm -r {spaces}" if spaces else ""),
     }
 
 
@@ -368,14 +478,8 @@ def until_recovered(log: str, alive: Callable[[], bool], **where: Any) -> None:
         else:
             dead_since = dead_since or _clock()
             if _clock() - dead_since > 1:
-                raise CommandExecutionError(_last_words(log))
+                raise CommandExecutionError(__salt__["slmdb_replay.last_words"](log))
         time.sleep(0.1)
-
-
-def _last_words(log: str) -> str:
-    lines = (__salt__["slmdb_file.read"](log) or b"").decode(errors="replace").splitlines()
-    fatal = [line.partition("FATAL:")[2].strip() for line in lines if "FATAL:" in line]
-    return fatal[-1] if fatal else f"the restored server ended; see {log}"
 
 
 def _reason(err: Exception, chosen: dict[str, Any]) -> str:
@@ -383,15 +487,15 @@ def _reason(err: Exception, chosen: dict[str, Any]) -> str:
         return f"restore to {chosen['target']}: {err}"
     return (
         f"restore to {chosen['target']}: the archived WAL that follows backup {chosen['label']} "
-        "ends before it; restore without a target to get the last transaction there is"
+        "ends before it; name an older backup by label if it was made before that one, or restore "
+        "without a target to get the last transaction there is"
     )
 
 
-def _discard(version: str, instance: str, directory: str) -> None:
+def _discard(version: str, instance: str, directory: str, spaces: str | None) -> None:
     if os.path.exists(f"/etc/postgresql/{version}/{instance}"):
         __salt__["cmd.run_all"](["pg_dropcluster", "--stop", version, instance], python_shell=False)
-    for path in (directory, f"{directory}.tablespaces"):
-        shutil.rmtree(path, ignore_errors=True)
+    _remove(directory, spaces)
 
 
 def in_place(
@@ -415,8 +519,8 @@ def in_place(
         As for ``plan``; none of them: the end of the archived WAL.
 
     Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and ``kept`` (the directory
-    of the old data). Without a target all WAL is read first, and the files are restored before the
-    server is stopped. Raises
+    of the old data). The files are restored before the server is stopped; to a target they are also
+    replayed before, without one all WAL is read. Raises
     ``SaltInvocationError`` for what cannot be; ``CommandExecutionError`` if it fails: the old data
     is back in its place, and the server runs, then.
     """
@@ -424,17 +528,24 @@ def in_place(
     own = f"{found['version']}/{found['name']}"
     if name != own:
         raise SaltInvocationError(f"name: {name!r} is not this instance; to go on, type {own}")
-    chosen = plan(time, label, restore_point)
     data = found["data_directory"]
+    _undo_half(data)
+    chosen = plan(time, label, restore_point)
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"
     shutil.rmtree(new, ignore_errors=True)
     refuse = __salt__["slmdb_disk.refuse"]
     refuse(os.path.dirname(data), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
-    gap = gap or __salt__["slmdb_backup_gap.damaged"](chosen, f"{new}.wal")
+    gap = gap or __salt__["slmdb_backup_gap.damaged"](chosen)
     if gap:
         raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
-    files(new, chosen, archive=True)
+    spaces = files(new, chosen, archive=True)
+    try:
+        if chosen["ends"]:
+            __salt__["slmdb_replay.run"](new)
+    except CommandExecutionError as err:
+        _remove(new, spaces)
+        raise CommandExecutionError(_reason(err, chosen)) from None
     _moved(new, data)
     if found["running"]:
         __salt__["slmdb_service.stop"]()
@@ -445,7 +556,7 @@ def in_place(
         _started(data, found["port"], found["name"])
     except (CommandExecutionError, OSError) as err:
         _put_back(data, kept, found["running"])
-        shutil.rmtree(new, ignore_errors=True)
+        _remove(new, spaces)
         raise CommandExecutionError(_reason(err, chosen)) from None
     return {
         "instance": own,
@@ -455,6 +566,13 @@ def in_place(
         "seconds": round(_clock() - begun, 1),
         "kept": kept,
     }
+
+
+def _undo_half(data: str) -> None:
+    """What was killed between moving the old data away and the new one in."""
+    kept = sorted(glob.glob(f"{data}.before-*"))
+    if kept and not os.path.exists(data):
+        os.rename(kept[-1], data)
 
 
 def _moved(new: str, data: str) -> None:

@@ -17,5 +17,14 @@ def restored(name: str) -> dict:
 
     name
         A sentence for the state's id; nothing depends on it.
+
+    Archived WAL that could not be replayed, because a segment is missing or damaged, is told in
+    the comment and as a warning: the data is what can be had.
     """
-    return __states__["slmdb.converge"](name, "slmdb_recovery_data")
+    answer = __states__["slmdb.converge"](name, "slmdb_recovery_data")
+    if answer["result"] and answer["changes"]:
+        lacking = __salt__["slmdb_recovery_data.left_out"]()
+        if lacking:
+            answer["comment"] += f" {lacking}"
+            answer["warnings"] = [lacking]
+    return answer

@@ -158,7 +158,7 @@ def markdown(found: dict[str, Any]) -> str:
         line = [*cells, support.shown([mine / apt for mine, apt in pairs]), "≤ 1.25"]
         heads = ["first apply, s", "apt-get install and start, s", "ratio", "goal"]
         parts.append(support.table(heads, [line]))
-    for what, head in (("pillar", "roles and rules in pillar"), ("tables", "tables")):
+    for what, head in (("pillar", "databases, roles and rules in pillar"), ("tables", "tables")):
         if what in found:
             parts.append(_sizes(found[what], head))
     if "fleet" in found:
@@ -199,7 +199,8 @@ def plot(found: dict[str, Any]) -> str:
     if "pillar" in found:
         rows = found["pillar"].items()
         bars = [
-            (f"run, {int(number):,} roles and rules", _median(made), None) for number, made in rows
+            (f"run, {int(number):,} databases, roles, rules", _median(made), None)
+            for number, made in rows
         ]
         charts.append(support.bars("By pillar", bars, "s"))
     if "fleet" in found:

@@ -68,6 +68,17 @@ def test_a_sound_backup_is_proven(host):
 
 
 @pytest.mark.once
+@pytest.mark.once
+def test_what_a_database_sets_for_its_sessions_ends_no_reading(host):
+    """It is restored with the data, and is meant for the application."""
+    for setting in ("statement_timeout = 1", "default_transaction_read_only = on"):
+        for name in ("postgres", "template1"):
+            execute(host, f"ALTER DATABASE {name} SET {setting}")
+    host.call("slmdb_server.forget")
+    answer = host.call("slmdb_backup.drill")
+    assert answer["problems"] == [] and answer["proven"] is True
+
+
 def test_a_busy_source_raises_no_alarm(host):
     """Rows come, change and go all the time, by short and long transactions."""
     over = threading.Event()

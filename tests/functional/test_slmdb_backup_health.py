@@ -44,6 +44,20 @@ def backed_up(host, minions):
         yield minion
 
 
+@contextlib.contextmanager
+def hanging(path):
+    """A mount whose server never answers: whoever touches it waits."""
+    server = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0"
+    words = ["mount", "-i", "-t", "fuse", "-o", options, "hangs", str(path)]
+    try:
+        subprocess.run(words, check=True, pass_fds=[server])
+        yield
+    finally:
+        os.close(server)
+        subprocess.run(["umount", "--lazy", str(path)], check=False)
+
+
 def ask(minion):
     return minion.call("slmdb.health", 15)
 
@@ -256,3 +270,26 @@ def test_a_host_that_was_installed_without_it_is_parked_then_backed_up(minions):
     assert done.result is True, done.comment
     assert minion.call("slmdb_backup.create")["type"] == "full"
     minion.call("slmdb_server.forget")
+
+
+@pytest.mark.once
+def test_a_repository_whose_mount_hangs_holds_nobody_up(backed_up):
+    """Health, a run and every command say it in one line; the server goes on."""
+    begun = time.monotonic()
+    with hanging(REPOSITORY):
+        assert "is not there" in said(backed_up)
+        for test in (False, True):
+            chunks = backed_up.call("state.apply", "slm_database", test=test).raw.values()
+            comments = [one["comment"] for one in chunks if one["result"] is False]
+            (line,) = [one for one in comments if "requisite" not in one]
+            assert line.startswith(f"slm_database:backup:path: {REPOSITORY} does not answer within")
+        for command in ("create", "list", "info", "verify", "restore", "drill"):
+            try:
+                found = backed_up.call(f"slmdb_backup.{command}")
+                words = str(found["problems"])
+            except CommandExecutionError as err:
+                words = str(err)
+            assert "does not answer within" in words, command
+        assert backed_up.call("slmdb_server.available") is True
+    print(f"it took {time.monotonic() - begun:.0f} s")
+    assert backed_up.call("slmdb_backup.verify")["right"] is True

@@ -251,6 +251,41 @@ def test_a_first_installation_waits_for_the_mount(minions):
     minion.call("slmdb_server.forget")
 
 
+@pytest.mark.once
+def test_a_mount_of_any_kind_is_one(minions):
+    """One directory bound to another on the same file system; and a new disk is root's at first."""
+    begin_applied(minions)
+    Path("/etc/fstab").write_text("/srv/disk /srv/second none bind 0 0\n")
+    minion = minions(PILLAR)
+    for path in (Path("/srv/disk/lost+found"), SECOND):
+        path.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", "/srv/disk", str(SECOND)], check=True)
+    try:
+        minion.call("slmdb_service.start")
+        announced = minion.state("slmdb_backup.configured", test=True)
+        for state in STATES:
+            result = minion.state(state)
+            assert result.result is True, result.comment
+            assert minion.state(state).changes == {}
+        assert announced.changes[f"{SECOND}: user"] == {"old": "root", "new": "postgres"}
+        assert SECOND.owner() == "postgres"
+    finally:
+        subprocess.run(["umount", "--lazy", str(SECOND)], check=True)
+    minion.call("slmdb_server.forget")
+
+
+@pytest.mark.once
+def test_before_a_change_one_repository_is_enough(host):
+    """The dead one is in the log; without any the change has to wait."""
+    with dead(SECOND):
+        label = host.call("slmdb_backup.before_change")
+        assert host.call("slmdb_backup.list")[-1]["label"] == label
+        with pytest.raises(CommandExecutionError, match=r"repository 2 .*; repository 1 has"):
+            host.call("slmdb_backup.create")
+        with dead(FIRST), pytest.raises(CommandExecutionError, match="repository 1 "):
+            host.call("slmdb_backup.before_change")
+
+
 @pytest.mark.parametrize("directory", [FIRST, SECOND])
 def test_what_is_lost_for_good_is_begun_anew_if_pillar_says_so(host, minions, directory):
     """For one run; what the other repository has is still there."""

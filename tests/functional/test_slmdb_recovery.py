@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from tests.support import secrets
+from tests.support import backups, secrets
 from tests.support import world as worlds
 
 REPOSITORY = Path("/var/lib/pgbackrest")
@@ -32,10 +32,10 @@ class Lost:
         self.pillar = {"slm_database": {"port": 5444, "backup": backup}}
         self.password = self.identifier = None
 
-    def bring_repository(self, place=REPOSITORY):
+    def bring_repository(self, place=REPOSITORY, name="repository"):
         """As rsync or a mount would, with the numbers of other accounts."""
         shutil.rmtree(place, ignore_errors=True)
-        subprocess.run(["cp", "-a", str(self.directory / "repository"), place], check=True)
+        subprocess.run(["cp", "-a", str(self.directory / name), place], check=True)
         subprocess.run(["chown", "-R", "4711:4711", str(place)], check=True)
 
 
@@ -45,9 +45,10 @@ def lost(minions, tmp_path_factory):
     return lose(minions, Lost(tmp_path_factory.mktemp("lost")))
 
 
-def lose(minions, told, kept=REPOSITORY):
-    """Let a host live and die; of its repositories one is kept."""
+def lose(minions, told, kept=REPOSITORY, before=lambda: None, other=None):
+    """Let a host live and die; of its repositories one is kept, or another one as well."""
     worlds.fresh()
+    before()
     secrets.write(secrets.FOREIGN)
     minion = minions(told.pillar, id="lost.19")
     whole_formula(minion)
@@ -55,13 +56,16 @@ def lose(minions, told, kept=REPOSITORY):
     execute(minion, "CREATE TABLE log (entry text); INSERT INTO log VALUES ('before the backup')")
     minion.call("slmdb_backup.create", "full")
     execute(minion, "INSERT INTO log VALUES ('after the backup')")
-    minion.call("slmdb_backup.settle")
+    for _ in range(2):  # so that the last segment but one holds nothing of the backup
+        minion.call("slmdb_backup.settle")
     minion.call("slmdb_backup.copy", str(told.copy))
     told.password = secrets.value("SLM_DB_PASSWORD")
     told.identifier = minion.call("slmdb_instance.system_identifier")
     minion.call("slmdb_server.forget")
     minion.call("slmdb_service.stop")
     shutil.copytree(kept, told.directory / "repository", symlinks=True)
+    if other:
+        shutil.copytree(other, told.directory / "other", symlinks=True)
     shutil.copytree(KEY.parent, told.directory / "key")
     return told
 
@@ -138,7 +142,31 @@ def test_what_is_announced(other, lost):
     assert announced.result is None and not DATA.exists()
     made = other.state("slmdb_recovery.restored")
     assert (made.result, made.changes) == (True, announced.changes)
+    assert made.comment == "Changed."
     assert other.state("slmdb_recovery.restored").changes == {}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_archived_wal_that_cannot_be_replayed_is_told(other, lost, how):
+    """What can be had is there, and one line says from where on nothing is."""
+    segments = sorted(REPOSITORY.glob("archive/*/*/*/0*.zst"))
+    victim = segments[-1] if how == "damaged" else segments[-2]
+    before = victim.read_bytes()
+    if how == "damaged":
+        backups.flip(victim)
+    else:
+        victim.unlink()
+    unpack(other, lost)
+    made = other.state("slmdb_recovery.restored")
+    assert made.result is True
+    (line,) = made.warnings
+    assert line in made.comment and victim.name[:24] in line
+    expected = "is damaged: " if how == "damaged" else "is missing; what was committed after"
+    assert expected in line
+    victim.write_bytes(before)
+    whole_formula(other)
+    assert entries(other)[-1] == "before the backup"
 
 
 def test_all_wal_is_replayed_before_the_server_is_ours(other, lost):

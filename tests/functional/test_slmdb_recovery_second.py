@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.functional.test_slmdb_recovery import (
     DATA,
@@ -17,9 +19,10 @@ from tests.functional.test_slmdb_recovery import (
     unpack,
     whole_formula,
 )
-from tests.support import secrets
+from tests.support import s3, secrets
 from tests.support import world as worlds
 
+CANARY = "canary-of-the-store"
 SECOND = Path("/srv/second")
 KEYS = Path("/etc/pgbackrest/autobot-slm")
 
@@ -79,3 +82,55 @@ def test_neither_is_there(other, lost):
     (line,) = failures(other)
     assert f"no repository of ours in {REPOSITORY} or {SECOND}; bring" in line
     assert not DATA.exists() and not SECOND.exists()
+
+
+@pytest.mark.once
+def test_wal_comes_from_whichever_repository_has_it(minions, tmp_path):
+    """The one that has the backup was away when the last WAL was archived."""
+    second = {"type": "path", "path": str(SECOND)}
+    gone = Lost(tmp_path, second=second, drill={"keep_free": "0%"})
+    lose(minions, gone, other=SECOND)
+    worlds.fresh()
+    shutil.rmtree(KEYS, ignore_errors=True)
+    gone.bring_repository()
+    gone.bring_repository(SECOND, "other")
+    sorted(REPOSITORY.glob("archive/*/*/*/0*.zst"))[-1].unlink()
+    other = minions(gone.pillar, id="lost.19")
+    unpack(other, gone)
+    made = other.state("slmdb_recovery.restored")
+    assert (made.result, made.comment) == (True, "Changed.")
+    whole_formula(other)
+    assert entries(other) == ["after the backup", "before the backup"]
+    other.call("slmdb_server.forget")
+
+
+@pytest.mark.once
+def test_a_store_whose_keys_pillar_had(minions, tmp_path):
+    """The copy brings them too, into a pillar that only root can read; nothing else is needed."""
+    directory = Path("/etc/ssl/s3")
+    store_directory = tmp_path / "s3"
+    store_directory.mkdir()
+    with s3.store(store_directory, "AKIA", CANARY) as store:
+        told = {"type": "s3", "path": "/slm", "bucket": s3.BUCKET, "endpoint": "localhost"}
+        told |= {"region": s3.REGION, "uri_style": "path", "port": store.port}
+        told |= {"ca_file": f"{directory}/{store.certificate.name}"}
+        told |= {"key_pillar": "k", "secret_pillar": "vault:slm:s"}
+        gone = Lost(tmp_path, second=told)
+        gone.pillar |= {"k": "AKIA", "vault": {"slm": {"s": CANARY}}}
+        lose(minions, gone, before=lambda: shutil.copytree(store_directory, directory))
+        worlds.fresh()
+        shutil.rmtree(KEYS, ignore_errors=True)
+        shutil.rmtree(REPOSITORY, ignore_errors=True)
+        other = minions(id="lost.19")
+        (roots,) = other.loaders.opts["pillar_roots"]["base"]
+        Path(roots, "top.sls").unlink()
+        pillar = Path(roots, "slm_database.sls")
+        assert CANARY not in str(unpack(other, gone))
+        assert oct(pillar.stat().st_mode)[-3:] == "600"
+        other.tell(yaml.safe_load(pillar.read_text()))
+        whole_formula(other, "slm_database.recovery")
+        assert entries(other) == ["after the backup", "before the backup"]
+        assert whole_formula(other, "slm_database.recovery") == set()
+        made = other.call("slmdb_backup.create")
+        assert made["others"][0]["type"] == "incremental"
+        other.call("slmdb_server.forget")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import psycopg2
@@ -195,3 +197,135 @@ def test_the_application_s_rules_hold_in_the_copy(host):
     answer = host.call("slmdb_backup.restore")
     with pytest.raises(psycopg2.OperationalError):
         psycopg2.connect(host="127.0.0.1", port=answer["port"], user="postgres", dbname="postgres")
+
+
+@pytest.mark.once
+def test_what_was_before_and_after_a_restore_in_place(host):
+    """Each moment is what the server was then; the newest backup from behind the branch is not."""
+    movable(host)
+    write(host, "right")
+    between = moment(host)
+    write(host, "wrong")
+    host.call("slmdb_backup.create")
+    write(host, "wrong again")
+    time.sleep(1.1)
+    behind = moment(host)
+    host.call("slmdb_backup.settle")
+    host.call("slmdb_backup.restore", time=between, in_place="15/main")
+    first, newest = (row["label"] for row in host.call("slmdb_backup.list"))
+    write(host, "afterwards")
+    now = ["before the backup", "right", "afterwards"]
+    wrong = ["before the backup", "right", "wrong"]
+    for instance, target, expected, label in (
+        ("latest", {}, now, first),
+        ("now", {"time": moment(host)}, now, first),
+        ("then", {"time": behind}, [*wrong, "wrong again"], newest),
+        ("at", {"label": newest}, wrong, newest),
+        ("earlier", {"time": between}, now[:2], first),
+    ):
+        answer = host.call("slmdb_backup.restore", instance=instance, **target)
+        assert entries(host, answer["port"]) == expected, instance
+        assert (answer["label"], answer["gap"]) == (label, None)
+        subprocess.run(answer["remove"], shell=True, check=True)
+    proven = host.call("slmdb_backup.drill")
+    assert (proven["problems"], proven["label"]) == ([], first)
+    host.call("slmdb_backup.restore", in_place="15/main")
+    assert entries(host) == now
+    made = host.call("slmdb_backup.create")
+    assert host.call("slmdb_restore.plan")["label"] == made["label"]
+
+
+@pytest.mark.once
+def test_a_restore_point_of_any_name(host):
+    """Quotes, backslashes; one that begins with its moment is found behind a later backup, too."""
+    odd = 'it\'s \\ "before"'
+    stamped = time.strftime("%Y%m%dT%H%M%SZ-before-", time.gmtime(time.time() + 1)) + "abc"
+    time.sleep(1.1)
+    for name in (odd, stamped):
+        host.call("slmdb_server.query", "SELECT pg_create_restore_point(%s)", [name])
+    write(host, "behind")
+    answer = host.call("slmdb_backup.restore", restore_point=odd)
+    assert entries(host, answer["port"]) == ["before the backup"]
+    time.sleep(1.1)
+    host.call("slmdb_backup.create")
+    answer = host.call("slmdb_backup.restore", restore_point=stamped, instance="stamped")
+    assert entries(host, answer["port"]) == ["before the backup"]
+    with pytest.raises(CommandExecutionError, match="name an older backup by label"):
+        host.call("slmdb_backup.restore", restore_point=odd, instance="odd")
+
+
+@pytest.mark.once
+def test_a_target_that_is_missed_in_place_stops_nothing(host):
+    """It is replayed before: the server that runs is the same, and nothing is left."""
+    write(host, "kept")
+    pid = host.call("slmdb_instance.facts")["pid"]
+    for target in ({"restore_point": "a typo"}, {"restore_point": "x' = y"}):
+        with pytest.raises(CommandExecutionError, match="ends before it"):
+            host.call("slmdb_backup.restore", in_place="15/main", **target)
+    for empty in ("time", "label", "restore_point"):
+        with pytest.raises(SaltInvocationError, match=empty):
+            host.call("slmdb_backup.restore", in_place="15/main", **{empty: ""})
+    assert host.call("slmdb_instance.facts")["pid"] == pid
+    assert entries(host) == ["before the backup", "kept"]
+    assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
+    assert not list(Path("/run").glob("autobot-slm-replay-*"))
+
+
+@pytest.mark.once
+def test_a_restore_that_was_killed_in_the_middle_is_repeated(host):
+    """Between the old data's leaving and the new one's coming: the next one begins with the old."""
+    movable(host)
+    write(host, "kept")
+    host.call("slmdb_server.forget")
+    host.call("slmdb_service.stop")
+    os.rename("/var/lib/postgresql/15/main", "/var/lib/postgresql/15/main.before-1")
+    host.call("slmdb_backup.restore", in_place="15/main")
+    assert entries(host) == ["before the backup", "kept"]
+
+
+@pytest.mark.once
+def test_missing_wal_is_told_while_the_server_is_down(host):
+    """Nobody can say how far it should reach, but between two segments there is none missing."""
+    lost = None
+    for entry in ("one", "two", "three"):
+        write(host, entry)
+        segment = host.call("slmdb_backup.settle")["wal"]
+        lost = segment if entry == "two" else lost
+    host.call("slmdb_server.forget")
+    host.call("slmdb_service.stop")
+    (path,) = Path("/var/lib/pgbackrest/archive").rglob(f"{lost}-*")
+    path.unlink()
+    with pytest.raises(CommandExecutionError, match=f"segment {lost} is missing"):
+        host.call("slmdb_backup.restore", in_place="15/main")
+    assert sorted(os.listdir("/var/lib/postgresql/15")) == ["main"]
+
+
+@pytest.mark.once
+def test_tablespaces_come_back_more_than_once(host):
+    """Each restore has them in a place of its own."""
+    Path("/srv/fast").mkdir()
+    shutil.chown("/srv/fast", "postgres", "postgres")
+    movable(host)
+    host.call("slmdb_server.execute", "CREATE TABLESPACE fast LOCATION '/srv/fast'")
+    host.call("slmdb_server.execute", "ALTER TABLE log SET TABLESPACE fast")
+    host.call("slmdb_backup.create")
+    beside = host.call("slmdb_backup.restore")
+    assert entries(host, beside["port"]) == ["before the backup"]
+    subprocess.run(beside["remove"], shell=True, check=True)
+    for entry in ("once", "twice"):
+        write(host, entry)
+        host.call("slmdb_backup.restore", in_place="15/main")
+        assert entries(host)[-1] == entry
+        host.call("slmdb_backup.create")
+        time.sleep(1.1)
+    assert not list(Path("/var/lib/postgresql/15").glob("restored*"))
+
+
+@pytest.mark.once
+def test_where_root_owns_what_the_data_lies_in(host):
+    """Reading the archived WAL needs no room beside the data."""
+    movable(host)
+    shutil.chown("/var/lib/postgresql/15", "root", "root")
+    write(host, "here")
+    host.call("slmdb_backup.restore", in_place="15/main")
+    assert entries(host) == ["before the backup", "here"]

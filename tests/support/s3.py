@@ -159,7 +159,10 @@ def store(directory: Path, key: str, secret: str):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, private)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
+    # A client that never says a word holds up its own thread, not the next client.
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
     server.key, server.secret, server.objects, server.parts = key, secret, {}, {}
     server.port, server.certificate = server.server_address[1], certificate
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,0 +1,166 @@
+"""
+Timelines: every restore in place begins another, and a backup from behind that branch is not on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from datetime import datetime
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_timeline"
+
+_HISTORY = re.compile(r"(?:.*/)?\d+-(\d+)/([0-9A-F]{8})\.history")
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def position(lsn: str) -> int:
+    """
+    Return a place in the WAL as a number.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_timeline.position 0/3000060
+
+    lsn
+        As PostgreSQL writes it.
+    """
+    high, low = lsn.split("/")
+    return (int(high, 16) << 32) + int(low, 16)
+
+
+def parents(text: str) -> dict[int, int]:
+    """
+    Return what a history file says: each earlier timeline, and where it was left.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_timeline.parents '1 0/3000060 no recovery target specified'
+
+    text
+        Of the file.
+
+    Returns the number of a timeline to a place in the WAL, oldest first.
+    """
+    lines = (line.split() for line in text.splitlines())
+    return {int(words[0]): position(words[1]) for words in lines if len(words) > 1}
+
+
+def _archived(number: int) -> dict[int, dict[str, Any]]:
+    """Each timeline of the newest archive in a repository: when it began, and its file."""
+    stanza = __salt__["slmdb_pgbackrest.stanza"]()
+    words = [f"--repo={number}", "--recurse", "--filter=\\.history$", "--output=json"]
+    text = __salt__["slmdb_pgbackrest.run"]("repo-ls", *words, f"archive/{stanza}")
+    found: dict[int, dict[int, dict[str, Any]]] = {}
+    for path, told in json.loads(text or "{}").items():
+        match = _HISTORY.fullmatch(path)
+        if match:
+            row = {"began": told["time"], "repository": number, "path": f"archive/{stanza}/{path}"}
+            found.setdefault(int(match[1]), {})[int(match[2], 16)] = row
+    return found[max(found)] if found else {}
+
+
+def _parents(row: dict[str, Any]) -> dict[int, int]:
+    options = (f"--repo={row['repository']}", row["path"])
+    return parents(__salt__["slmdb_pgbackrest.run"]("repo-get", *options))
+
+
+def _own(row: dict[str, Any]) -> int:
+    """The timeline on which a backup was made."""
+    return int(row["wal"][0][:8], 16)
+
+
+def _not_after(known: dict[int, dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """A repository that was copied says when; its backups say more."""
+    for row in rows:
+        timeline = known.get(_own(row))
+        if timeline:
+            started = datetime.fromisoformat(row["started"].replace("Z", "+00:00")).timestamp()
+            timeline["began"] = min(timeline["began"], started)
+
+
+def branch(moment: float | None = None, rows: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """
+    Say on which timeline the server was at a moment.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_timeline.branch
+
+    moment
+        Seconds since the epoch; ``None``: now.
+    rows
+        The backups, as ``slmdb_backup.list`` has them: a timeline is no younger than its own.
+
+    Returns ``timeline`` (its number; ``None`` if there never was another), ``parents`` (each
+    earlier timeline that leads to it, to the place in the WAL where it was left) and ``latest``
+    (whether it is the newest). Raises ``CommandExecutionError`` if a history that a repository has
+    cannot be read.
+    """
+    known: dict[int, dict[str, Any]] = {}
+    for number in __salt__["slmdb_pgbackrest.repositories"]():
+        with contextlib.suppress(CommandExecutionError):
+            known = {**_archived(number), **known}
+    _not_after(known, rows or [])
+    if not known:
+        return {"timeline": None, "parents": {}, "latest": True}
+    newest = max(known)
+    begun = [one for one in known if moment is None or known[one]["began"] <= moment]
+    if begun:
+        now = max(begun)
+        return {"timeline": now, "parents": _parents(known[now]), "latest": now == newest}
+    first = min(_parents(known[newest]), default=1)
+    return {"timeline": first, "parents": {}, "latest": False}
+
+
+def leads(row: dict[str, Any], way: dict[str, Any]) -> bool:
+    """
+    Tell whether a restore of a backup can get to a timeline.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_restore.plan
+
+    row
+        The backup, as ``slmdb_backup.list`` has it.
+    way
+        The timeline, as ``branch`` has it.
+    """
+    own = _own(row)
+    if way["timeline"] in (None, own):
+        return True
+    left = way["parents"].get(own)
+    return left is not None and position(row["lsn"]) <= left
+
+
+def options(timeline: int | None, latest: bool) -> list[str]:
+    """
+    Return pgBackRest's options for a timeline; it takes the newest by itself.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_timeline.options 1 False
+
+    timeline
+        Its number.
+    latest
+        Whether it is the newest.
+    """
+    return [] if latest or timeline is None else [f"--target-timeline={timeline}"]
