@@ -156,6 +156,7 @@ def problems() -> list[str]:
     busy = __salt__["slmdb_instance.port_problem"]()
     if busy:
         lines.append(busy)
+    lines += __salt__["slmdb_instance.address_problems"]()
     if lines:
         return lines
     answer = __salt__["slmdb_rehearsal.check"](content())

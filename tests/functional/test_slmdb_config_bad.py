@@ -248,6 +248,45 @@ def test_a_port_that_somebody_else_has_is_refused(settled, client):
     assert _files() == before and _answers(client)
 
 
+ADDRESSES = {
+    "an address of another host": (["127.0.0.1", "10.9.9.9"], ":1: this host has no address 10.9"),
+    "none that the host has": (["10.9.9.9"], ":0: this host has no address 10.9.9.9"),
+    "none for the application": (["127.0.0.2"], ": the application connects to 127.0.0.1; add it"),
+}
+
+
+@pytest.mark.parametrize("case", ADDRESSES)
+def test_an_address_that_would_be_missed_is_refused(settled, client, case):
+    """It would only be tried at the next start, which may be a reboot."""
+    addresses, words = ADDRESSES[case]
+    before = _files()
+    settled.tell({"slm_database": {"listen_addresses": addresses, "allow_remote": True}})
+    for test in (True, False):
+        result = settled.state("slmdb_config.applied", test=test)
+        assert result.result is False
+        assert f"slm_database:listen_addresses{words}" in result.comment
+    assert _files() == before and _answers(client)
+
+
+@pytest.mark.parametrize("addresses", [["*"], ["0.0.0.0"], ["localhost"], ["127.0.0.1", "::1"]])
+def test_an_address_that_the_host_has_is_none_to_refuse(settled, addresses):
+    """Every host has these."""
+    settled.tell({"slm_database": {"listen_addresses": addresses, "allow_remote": True}})
+    assert settled.call("slmdb_config.problems") == []
+
+
+def test_a_host_without_ipv6_needs_none(settled):
+    """The default addresses count as given where only 127.0.0.1 is there."""
+    switch = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+    before = switch.read_text()
+    settled.tell(None)
+    switch.write_text("1")
+    try:
+        assert settled.call("slmdb_instance.address_problems") == []
+    finally:
+        switch.write_text(before)
+
+
 def test_all_broken_promises_are_named_at_once(settled):
     """Nobody has to run again to hear the next mistake."""
     settled.tell({"slm_database": {"settings": {"fsync": False, "autovacuum": False}}})
