@@ -108,6 +108,8 @@ def _broken(name: str, value: str, data_directory: str) -> str | None:
         return None if os.path.isfile(path) else f"there is no file {path}"
     if name.startswith("include"):
         return "files are included by Debian's postgresql.conf alone"
+    if name == "synchronous_standby_names" and value.strip():
+        return "there is no standby: every commit would wait for one"
     forbidden, reason = _PROMISES.get(name, ("", ""))
     if forbidden is None:
         return reason

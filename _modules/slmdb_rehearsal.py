@@ -11,7 +11,9 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +40,7 @@ _OWN = {
     "archive_command": "/bin/false",
     "restore_command": "",
     "primary_conninfo": "",
+    "synchronous_standby_names": "",
     "log_destination": "stderr",
     "lc_messages": "C",
     "cluster_name": "rehearsal",
@@ -185,15 +188,36 @@ def _rehearse(
             stderr=log,
         )
         try:
-            answer["objections"] = _greet(server, directory, answer, hba, ident)
-            if server.poll() is not None:
+            with _watched(server) as late:
+                answer["objections"] = _greet(server, directory, answer, hba, ident)
+            if late.is_set():
+                answer["objections"] = [f"the server starts, but is stuck for {2 * PATIENCE} s"]
+            elif server.poll() is not None:
                 log.seek(0)
                 answer["objections"] = _words(log.read().decode(errors="replace"))
         finally:
             with contextlib.suppress(ProcessLookupError):
-                server.send_signal(3)
+                server.send_signal(signal.SIGQUIT)
             server.wait()
     return answer
+
+
+@contextlib.contextmanager
+def _watched(server: subprocess.Popen) -> Iterator[threading.Event]:
+    """End a server that does not let go of us in time; the event tells that it was ended."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        server.send_signal(signal.SIGQUIT)
+
+    watchdog = threading.Timer(2 * PATIENCE, end)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield late
+    finally:
+        watchdog.cancel()
 
 
 def _options(found: dict[str, Any]) -> list[str]:

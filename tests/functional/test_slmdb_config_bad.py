@@ -64,6 +64,10 @@ SETTINGS = {
     "nothing may be written": ({"default_transaction_read_only": True}, "read-only"),
     "too many workers": ({"max_worker_processes": 999999}, "max_worker_processes: .*outside"),
     "no boolean": ({"jit": "perhaps"}, "jit: .*Boolean"),
+    "commits that wait for nobody": (
+        {"synchronous_standby_names": "*"},
+        "synchronous_standby_names: there is no standby.*allow_unsafe",
+    ),
     "no autovacuum": ({"autovacuum": "off"}, "autovacuum: .*allow_unsafe"),
     "a log nobody may write": (
         {"logging_collector": True, "log_directory": "/proc/nowhere"},
@@ -297,8 +301,9 @@ def test_all_broken_promises_are_named_at_once(settled):
     ]
 
 
-def test_an_explicit_key_permits_what_is_unsafe(settled):
+@pytest.mark.parametrize("setting", [{"fsync": False}, {"synchronous_standby_names": "*"}])
+def test_an_explicit_key_permits_what_is_unsafe(settled, setting):
     """The operator decides, by name."""
-    settled.tell({"slm_database": {"settings": {"fsync": False}, "allow_unsafe": ["fsync"]}})
+    settled.tell({"slm_database": {"settings": setting, "allow_unsafe": list(setting)}})
     assert settled.call("slmdb_config.problems") == []
     settled.tell(None)

@@ -30,6 +30,7 @@ def loaded(monkeypatch):
         ("password_encryption", "MD5"),
         ("ssl_ca_file", "/nowhere"),
         ("zero_damaged_pages", True),
+        ("synchronous_standby_names", "*"),
     ],
 )
 def test_a_broken_promise_names_its_key_and_the_way_out(name, value):
@@ -48,6 +49,7 @@ def test_a_broken_promise_names_its_key_and_the_way_out(name, value):
         {"ssl_ca_file": "etc/passwd"},
         {"password_encryption": "scram-sha-256"},
         {"zero_damaged_pages": "off"},
+        {"synchronous_standby_names": ""},
         {"work_mem": "1GB"},
     ],
 )
