@@ -157,15 +157,27 @@ def _copy_configuration(found: dict[str, Any], conf: str) -> None:
     _put(f"{target}/conf.d/{CONF}", conf)
     _put(f"{DIRECTORY}/hba", "local all all trust\n")
     _put(f"{DIRECTORY}/ident", "")
-    # Certificates and what ALTER SYSTEM set lie in the data directory.
-    for name in ("postgresql.auto.conf", "server.crt", "server.key", "root.crt", "root.crl"):
-        source = f"{found['data_directory']}/{name}"
-        if os.path.isfile(source):
-            shutil.copy2(source, f"{DIRECTORY}/data/{name}")
-            shutil.chown(f"{DIRECTORY}/data/{name}", found["user"], found["user"])
+    _link_files(found, conf)
     for directory, names, files in os.walk(target):
         for name in (".", *names, *files):
             shutil.chown(os.path.join(directory, name), found["user"], found["user"])
+
+
+def _link_files(found: dict[str, Any], conf: str) -> None:
+    """What lies in the data directory is read where it is: with its own owner and mode."""
+    names = {"postgresql.auto.conf", "server.crt", "server.key", "root.crt", "root.crl"}
+    for text in (conf, *map(_read, _foreign_files(found))):
+        for name, value in __salt__["slmdb_conf.parse"](text).items():
+            if name.startswith("ssl_") and name.endswith("_file"):
+                names.add(os.path.normpath(value).split("/")[0])
+    for name in sorted(names - {"", ".", ".."}):
+        source, target = f"{found['data_directory']}/{name}", f"{DIRECTORY}/data/{name}"
+        if not os.path.exists(source):
+            continue
+        if name == "postgresql.auto.conf":
+            os.unlink(target)  # initdb's, which sets nothing
+        if not os.path.lexists(target):
+            os.symlink(source, target)
 
 
 def _put(path: str, content: str) -> None:

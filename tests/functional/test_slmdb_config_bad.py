@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import psycopg2
@@ -250,6 +252,35 @@ def test_a_port_that_somebody_else_has_is_refused(settled, client):
     assert result.result is False
     assert "slm_database:port: 5499 is held by another program" in result.comment
     assert _files() == before and _answers(client)
+
+
+@pytest.fixture
+def key(settled):
+    """The private key of a certificate below the data directory, which root brought there."""
+    directory = Path(settled.call("slmdb_instance.facts")["data_directory"], "certificates")
+    directory.mkdir(mode=0o755)
+    made = directory / "server.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=here"]
+    files = ["-keyout", str(made), "-out", str(directory / "server.crt")]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+    yield made
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(
+    ("group", "mode", "words"),
+    [("root", 0o600, "could not load private key"), ("postgres", 0o644, "group or world access")],
+)
+def test_a_private_key_is_judged_with_its_own_owner_and_mode(settled, key, group, mode, words):
+    """As the server will find it: one that root alone reads is none, one for its group is."""
+    files = {"ssl_cert_file": "certificates/server.crt", "ssl_key_file": "certificates/server.key"}
+    settled.tell({"slm_database": {"settings": {"ssl": True, **files}}})
+    for owner, bits, said in ((group, mode, [words]), ("postgres", 0o640, [])):
+        shutil.chown(key, "root", owner)
+        key.chmod(bits)
+        settled.loaders.context.clear()
+        found = settled.call("slmdb_config.problems")
+        assert len(found) == len(said) and all(word in " ".join(found) for word in said)
 
 
 ADDRESSES = {
