@@ -183,7 +183,9 @@ def _objections(answer: dict[str, Any]) -> list[str]:
     for name, words in too_much.items():
         if name not in allowed:
             lines.append(f"{_key(name)}: {words}; lower {name} or add it to allow_unsafe")
-    return lines
+    kept = __salt__["slmdb_limits.kept"](loaded)
+    # Also where it was taken out of pillar: there it is missed.
+    return lines + [f"slm_database:settings:{name}: {words}" for name, words in kept.items()]
 
 
 def _named(answer: dict[str, Any]) -> list[str]:

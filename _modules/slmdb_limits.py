@@ -39,6 +39,13 @@ _ARCHIVING: dict[str, tuple[str | None, str]] = {
     "archive_library": (None, "WAL would be archived elsewhere"),
 }
 _FILES = ("ssl_cert_file", "ssl_key_file", "ssl_ca_file", "ssl_crl_file", "ssl_dh_params_file")
+# What a server finds in its data directory when it starts, and would not start without room for.
+_KEPT = """
+SELECT (SELECT count(*) FROM pg_prepared_xacts) AS prepared, count(*) AS slots,
+       count(*) FILTER (WHERE slot_type = 'logical') AS logical
+  FROM pg_replication_slots WHERE NOT temporary
+"""
+_DROP = "drop what is too much first, or the server would not start again"
 # What a session takes besides work_mem, roughly; and what sessions may take, all together.
 _SESSION = 2 * 1024**2
 _ABSURD = 4
@@ -153,6 +160,41 @@ def memory(loaded: dict[str, dict[str, Any]], bytes_there: int) -> dict[str, str
 
 
 _COUNTED = ("shared_buffers", "shared_memory_size", "max_connections", "work_mem")
+
+
+def kept(loaded: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """
+    Return why the running server could not start with what it keeps, by the setting's name.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_limits.kept '{}'
+
+    loaded
+        Rows of ``pg_settings`` by name, from a server that has read the wanted configuration.
+
+    Prepared transactions and replication slots outlive a restart. Empty if no server runs. Raises
+    ``CommandExecutionError`` if it cannot be asked.
+    """
+    if not loaded or not __salt__["slmdb_server.available"]():
+        return {}
+    value = {name: row["setting"] for name, row in loaded.items()}
+    (there,) = __salt__["slmdb_server.query"](_KEPT)
+    found = {}
+    if there["prepared"] > int(value["max_prepared_transactions"]):
+        found["max_prepared_transactions"] = (
+            f"prepared transactions that are open: {there['prepared']}; end them first, "
+            "or the server would not start again"
+        )
+    if there["slots"] > int(value["max_replication_slots"]):
+        found["max_replication_slots"] = f"replication slots there are: {there['slots']}; {_DROP}"
+    which = {"minimal": "slots", "replica": "logical"}.get(value["wal_level"])
+    if which and there[which]:
+        what = "replication" if which == "slots" else "logical replication"
+        found["wal_level"] = f"{what} slots there are: {there[which]}; {_DROP}"
+    return found
 
 
 def _mb(size: int | float) -> str:

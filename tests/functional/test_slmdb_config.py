@@ -143,6 +143,30 @@ def test_a_permitted_restart_brings_it(settled, leave):
     assert run(settled) == set()
 
 
+def test_what_the_server_keeps_over_a_restart_must_find_room(settled):
+    """An empty scratch instance has no prepared transaction and no replication slot."""
+    room = {"max_prepared_transactions": 5, "wal_level": "logical"}
+    tell(settled, settings=room, restart="now")
+    run(settled)
+    ask = "SELECT pg_create_logical_replication_slot('held', 'pgoutput')"
+    settled.call("slmdb_server.query", ask)
+    held = "BEGIN; CREATE TABLE held (); PREPARE TRANSACTION 'held'"
+    settled.call("slmdb_server.execute", held)
+    before = CONF.read_bytes()
+    tell(settled, settings={"max_replication_slots": 0})
+    assert [line.partition(";")[0] for line in settled.call("slmdb_config.problems")] == [
+        "slm_database:settings:max_prepared_transactions: prepared transactions that are open: 1",
+        "slm_database:settings:max_replication_slots: replication slots there are: 1",
+        "slm_database:settings:wal_level: logical replication slots there are: 1",
+    ]
+    assert settled.state("slmdb_config.applied").result is False
+    assert CONF.read_bytes() == before
+    settled.call("slmdb_server.execute", "ROLLBACK PREPARED 'held'")
+    settled.call("slmdb_server.query", "SELECT pg_drop_replication_slot('held')")
+    settled.loaders.context.clear()
+    assert settled.call("slmdb_config.problems") == []
+
+
 def test_a_hand_edit_of_our_file_is_undone(settled):
     """Our file is ours; the server is told."""
     CONF.write_text(CONF.read_text().replace("log_lock_waits = 'on'", "log_lock_waits = 'off'"))
