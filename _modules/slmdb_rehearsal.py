@@ -251,7 +251,8 @@ def _greet(
     refused = "it did not answer"
     while server.poll() is None and time.monotonic() < deadline:
         try:
-            connection = __salt__["slmdb_server.connect"](host=directory, port=PORT)
+            # Without options: what sessions are given must let everybody work.
+            connection = __salt__["slmdb_server.connect"](host=directory, port=PORT, options="")
         except CommandExecutionError as err:
             refused = str(err.strerror)
             if "FATAL" in refused and "starting up" not in refused:

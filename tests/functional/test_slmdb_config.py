@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -113,6 +114,26 @@ def test_what_a_reload_brings_is_in_force_at_once(settled):
         cursor.execute("SHOW work_mem")
         assert cursor.fetchone() == ("9MB",)
     client.close()
+
+
+def test_timeouts_are_for_the_sessions_of_others(settled):
+    """The formula's own sessions could not even correct them."""
+    names = ["statement_timeout", "lock_timeout", "idle_session_timeout"]
+    names += ["idle_in_transaction_session_timeout"]
+    tell(settled, settings=dict.fromkeys(names, "20s"))
+    assert run(settled) == {"slmdb_config"}
+    settled.call("slmdb_server.execute", "ALTER ROLE postgres SET statement_timeout = 1")
+    settled.call("slmdb_server.forget")
+    for name in names:
+        assert shown(settled, name) == "0"
+    client = psycopg2.connect(host="/var/run/postgresql", user="autobot_slm", dbname="autobot_slm")
+    with contextlib.closing(client), client.cursor() as cursor:
+        for name in names:
+            cursor.execute(f"SHOW {name}")
+            assert cursor.fetchone() == ("20s",)
+    assert run(settled) == set()
+    tell(settled)
+    assert run(settled) == {"slmdb_config"}
 
 
 def test_what_needs_a_restart_waits_for_it_and_is_listed(settled):
