@@ -212,7 +212,7 @@ def _known_names() -> list[str]:
 
 
 def _blame(words: str) -> str:
-    """Return the pillar path of the setting that the server's words are about."""
+    """Return the pillar path, or the file, of the setting that the server's words are about."""
     settings = wanted()
     quoted = re.findall(r'"([^"]+)"', words)
     for name in [*quoted, *re.findall(r"[a-z_]+(?:\.[a-z_]+)?", words)]:
@@ -221,6 +221,9 @@ def _blame(words: str) -> str:
     for name in _given():
         if any(name in word or word in str(settings[name]) for word in quoted):
             return _key(name)
+    for row in foreign():
+        if any(word in row["value"] for word in quoted):
+            return f"{row['file']}, line {row['line']}"
     if "shared memory" in words:
         return _key("shared_buffers")
     return "slm_database:settings"
@@ -362,15 +365,11 @@ def _put_back(found: dict[str, Any], before: bytes | None) -> None:
 
 def _server_objections(found: dict[str, Any]) -> list[str]:
     """Return what the running server has against our file, which it has not loaded yet."""
-    rows = __salt__["slmdb_server.query"](
-        "SELECT f.name, f.error FROM pg_file_settings f LEFT JOIN pg_settings s USING (name) "
-        "WHERE f.error IS NOT NULL AND f.sourcefile = %s "
-        # A setting that waits for a restart is listed with this error, too.
-        "AND NOT (s.context = 'postmaster' AND f.error = 'setting could not be applied') "
-        "AND s.context IS NOT NULL",
-        [found["conf_file"]],
-    )
-    return [f"{_key(row['name'])}: the server says: {row['error']}" for row in rows]
+    return [
+        f"{_key(row['name'])}: the server says: {row['error']}"
+        for row in __salt__["slmdb_config_file.errors"]()
+        if row["known"] and row["file"] == found["conf_file"]
+    ]
 
 
 def load(paths: list[str]) -> None:

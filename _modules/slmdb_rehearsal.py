@@ -75,10 +75,13 @@ def check(conf: str, hba: str | None = None, ident: str | None = None) -> dict[s
     run. Raises ``CommandExecutionError`` if the scratch instance cannot be made.
     """
     found = __salt__["slmdb_instance.facts"]()
-    if not os.access(f"{found['bin_directory']}/postgres", os.X_OK):
+    program = f"{found['bin_directory']}/postgres"
+    if not os.access(program, os.X_OK):
         return None
     others = "".join(_read(path) for path in _foreign_files(found))
-    key = hashlib.sha256("\0".join([conf, hba or "", ident or "", others]).encode()).hexdigest()
+    # An update in the same run brings another program.
+    asked = [conf, hba or "", ident or "", others, str(__salt__["slmdb_file.stamp"](program))]
+    key = hashlib.sha256("\0".join(asked).encode()).hexdigest()
     kept = __context__.setdefault("slmdb_rehearsals", {})
     if key not in kept:
         with _scratch(found, conf) as directory:
@@ -308,6 +311,11 @@ def _rows(connection: Any, statement: str) -> list[dict[str, Any]]:
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
+def _place(match: re.Match[str]) -> str:
+    """Where somebody else's mistake is; ours is named by its pillar path."""
+    return "" if match[1] == CONF else f" ({match[1]}, line {match[2]})"
+
+
 def _words(log: str) -> list[str]:
     """Return the server's complaints, each with its hint, without the path of the scratch files."""
     found: list[str] = []
@@ -316,7 +324,7 @@ def _words(log: str) -> list[str]:
         if not match:
             continue
         level, words = match[1], match[2].strip()
-        words = re.sub(rf' in file "{DIRECTORY}[^"]*/([^"/]+)" line (\d+)', "", words)
+        words = re.sub(rf' in file "{DIRECTORY}[^"]*/([^"/]+)" line (\d+)', _place, words)
         if level in ("HINT", "DETAIL"):
             if found:
                 found[-1] += f" ({words})"

@@ -220,25 +220,64 @@ def test_what_overrides_ours_is_reported_with_file_and_line_and_left_alone(settl
     assert other.read_text().endswith("off\n") and "5MB" in AUTO.read_text()
 
 
-def break_the_start():
-    """A configuration that no rehearsal saw: written by hand, refused by the server at start."""
-    CONF.write_text(CONF.read_text() + "shared_preload_libraries = 'nosuch'\n")
+UNKNOWN = "shared_preload_libraries = 'nosuch'"
+# A scratch instance does without huge pages, for the running server may hold those there are.
+UNSEEN = "huge_pages = 'on'"
 
 
-@pytest.mark.parametrize("verb", ["restart", "start"])
-def test_a_server_that_does_not_start_goes_back_to_the_last_good_configuration(settled, verb):
+def break_the_start(line=UNKNOWN):
+    """A line by hand in our file, with which the server does not start."""
+    CONF.write_text(f"{CONF.read_text()}{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "line", "words"),
+    [("restart", UNSEEN, "shared memory"), ("start", UNKNOWN, "nosuch")],
+)
+def test_a_server_that_does_not_start_goes_back_to_the_last_good_configuration(
+    settled, verb, line, words
+):
     """It is up again at once, the error has the server's words, and the next run is quiet."""
     good = CONF.read_text()
-    break_the_start()
+    break_the_start(line)
     if verb == "start":
         settled.call("slmdb_service.stop")
     began = time.monotonic()
-    with pytest.raises(CommandExecutionError, match=r"nosuch.*last good configuration is in force"):
+    said = f"{words}.*last good configuration is in force"
+    with pytest.raises(CommandExecutionError, match=said):
         settled.call(f"slmdb_lastgood.{verb}")
     assert time.monotonic() - began < 30
     assert CONF.read_text() == good
     assert settled.call("slmdb_server.available")
     assert run(settled) == set()
+
+
+def test_a_restart_that_would_fail_is_not_tried(settled):
+    """Our files are the last good ones: with what others wrote there is nothing to go back to."""
+    pid = settled.call("slmdb_instance.facts")["pid"]
+    settled.call("slmdb_server.execute", f"ALTER SYSTEM SET {UNKNOWN}")
+    settled.call("slmdb_service.reload")
+    deadline = time.monotonic() + 20
+    while not settled.call("slmdb_config.pending") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    tell(settled, restart="now")
+    for test in (True, False):
+        refused = settled.state("slmdb_config.in_force", test=test)
+        assert (refused.result, refused.changes) == (False, {})
+        words = "not restarted, the server would not start: "
+        assert f'{words}{AUTO}, line 3: could not access file "nosuch"' in refused.comment
+    with pytest.raises(CommandExecutionError, match=f"{words}could not access file"):
+        settled.call("slmdb_lastgood.restart")
+    assert settled.call("slmdb_instance.facts")["pid"] == pid
+    assert settled.call("slmdb_server.available")
+
+
+def test_a_mistake_of_somebody_else_is_named_with_its_file_and_line(settled):
+    """Before ours is written beside it, which would not be loaded either."""
+    CONF.with_name("90-by-hand.conf").write_text("# by hand\nnosuch = 1\n")
+    tell(settled, settings={"work_mem": "9MB"})
+    words = 'unrecognized configuration parameter "nosuch" (90-by-hand.conf, line 2)'
+    assert words in settled.state("slmdb_config.applied", test=True).comment
 
 
 def test_without_a_last_good_configuration_the_failure_is_told(instance, minions):
