@@ -174,7 +174,9 @@ def _objections(answer: dict[str, Any]) -> list[str]:
             f"{_advice(name, list(loaded))}; if it is your own, "
             f"add {name} to slm_database:allow_unsafe"
         )
-    too_much = __salt__["slmdb_limits.memory"](loaded, _host()["memory"])
+    host = _host()
+    # A memory in pillar may be less than there is; it does not make more.
+    too_much = __salt__["slmdb_limits.memory"](loaded, min(host["memory"], host["real"]))
     pages = __salt__["slmdb_limits.huge_pages"](
         loaded, wanted().get("huge_pages", "try"), __salt__["slmdb_limits.held_huge_pages"]()
     )

@@ -322,6 +322,14 @@ def test_a_host_without_ipv6_needs_none(settled):
         switch.write_text(before)
 
 
+def test_a_memory_in_pillar_makes_no_more_of_it(settled):
+    """A typing error there would let anything pass."""
+    settings = {"max_connections": 9000, "work_mem": "64MB"}
+    tuning = {"profile": "off", "memory": "9000GB"}
+    settled.tell({"slm_database": {"settings": settings, "tuning": tuning}})
+    assert "max_connections: 9000 sessions" in " ".join(settled.call("slmdb_config.problems"))
+
+
 def test_all_broken_promises_are_named_at_once(settled):
     """Nobody has to run again to hear the next mistake."""
     settled.tell({"slm_database": {"settings": {"fsync": False, "autovacuum": False}}})
