@@ -177,9 +177,7 @@ def _objections(answer: dict[str, Any]) -> list[str]:
     host = _host()
     # A memory in pillar may be less than there is; it does not make more.
     too_much = __salt__["slmdb_limits.memory"](loaded, min(host["memory"], host["real"]))
-    pages = __salt__["slmdb_limits.huge_pages"](
-        loaded, wanted().get("huge_pages", "try"), __salt__["slmdb_limits.held_huge_pages"]()
-    )
+    pages = __salt__["slmdb_limits.huge_pages"](loaded, wanted().get("huge_pages", "try"))
     if pages:
         too_much["huge_pages"] = pages
     for name, words in too_much.items():
