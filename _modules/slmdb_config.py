@@ -159,8 +159,11 @@ def problems() -> list[str]:
     lines += __salt__["slmdb_instance.address_problems"]()
     if lines:
         return lines
-    answer = __salt__["slmdb_rehearsal.check"](content())
-    return _objections(answer) if answer else []
+    answer = __salt__["slmdb_rehearsal.with_rules"](content())
+    if not answer:
+        return []
+    # A rule can be wrong for the configuration's sake: hostssl without ssl.
+    return _objections(answer) or __salt__["slmdb_access.errors_of"](answer)
 
 
 def _objections(answer: dict[str, Any]) -> list[str]:

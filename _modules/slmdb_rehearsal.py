@@ -89,6 +89,26 @@ def check(conf: str, hba: str | None = None, ident: str | None = None) -> dict[s
     return kept[key]
 
 
+def with_rules(conf: str) -> dict[str, Any] | None:
+    """
+    Check a configuration together with the wanted access rules.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_rehearsal.with_rules "ssl = off"
+
+    conf
+        The text that would be in our file in ``conf.d``.
+
+    Returns what ``check`` does, and raises as that.
+    """
+    settings = __salt__["slmdb_pillar.settings"]()
+    hba = __salt__["slmdb_hba.render"](settings)
+    return check(conf, hba, __salt__["slmdb_hba.render_ident"](settings))
+
+
 def _foreign_files(found: dict[str, Any]) -> list[str]:
     """Return the configuration files beside ours that a server would read."""
     directory = f"{found['config_directory']}/conf.d"

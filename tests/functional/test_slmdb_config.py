@@ -300,9 +300,10 @@ def test_the_server_s_own_objection_brings_back_what_was_there(settled):
     """Should a rehearsal have let something through, the running server has the last word."""
     before = CONF.read_bytes()
     tell(settled, settings={"work_mem": "1"})
-    rehearsed = settled.call("slmdb_rehearsal.check", settled.call("slmdb_config.content"))
-    rehearsed["objections"] = []
-    with pytest.raises(CommandExecutionError, match="slm_database:settings:work_mem: "):
+    rehearsed = settled.call("slmdb_rehearsal.with_rules", settled.call("slmdb_config.content"))
+    rehearsed.update(settled.call("slmdb_rehearsal.with_rules", ""))
+    words = "slm_database:settings:work_mem: the server says: "
+    with pytest.raises(CommandExecutionError, match=words):
         settled.call("slmdb_config.apply")
     assert CONF.read_bytes() == before
     assert shown(settled, "work_mem") != "1kB"

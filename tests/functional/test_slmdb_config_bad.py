@@ -283,6 +283,22 @@ def test_a_private_key_is_judged_with_its_own_owner_and_mode(settled, key, group
         assert len(found) == len(said) and all(word in " ".join(found) for word in said)
 
 
+def test_rules_are_judged_with_the_configuration_that_will_be(settled, key):
+    """Not with the one that is: hostssl needs ssl, and is cut off without it."""
+    shutil.chown(key, "postgres", "postgres")
+    key.chmod(0o600)
+    files = {"ssl_cert_file": str(key.with_suffix(".crt")), "ssl_key_file": str(key)}
+    rule = {"type": "hostssl", "database": "all", "user": "alice", "address": "10.0.0.0/8"}
+    hba = {"before": [{**rule, "method": "scram-sha-256"}]}
+    settled.tell({"slm_database": {"settings": {**files, "ssl": True}, "hba": hba}})
+    assert settled.call("slmdb_config.problems") == []
+    assert settled.state("slmdb_access.applied", test=True).result is None
+    settled.tell({"slm_database": {"settings": {**files, "ssl": False}, "hba": hba}})
+    refused = settled.state("slmdb_config.applied", test=True)
+    assert refused.result is False
+    assert "slm_database:hba:before:0: the server says: hostssl" in refused.comment
+
+
 ADDRESSES = {
     "an address of another host": (["127.0.0.1", "10.9.9.9"], ":1: this host has no address 10.9"),
     "none that the host has": (["10.9.9.9"], ":0: this host has no address 10.9.9.9"),
