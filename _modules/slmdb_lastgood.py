@@ -46,7 +46,8 @@ def exists() -> bool:
 
 def save() -> None:
     """
-    Keep the present configuration as the last good one, unless a part of it waits for a restart.
+    Keep the present configuration as the last good one; of one that waits for a restart in part
+    only the rules and maps, which never wait.
 
     CLI Example:
 
@@ -56,9 +57,10 @@ def save() -> None:
 
     To be called when the running server has been seen to let people in.
     """
+    files = _files()
     if __salt__["slmdb_config.pending"]():
-        return
-    for copy, (original, _) in sorted(_files().items(), reverse=True):
+        files = {copy: row for copy, row in files.items() if not copy.endswith("/conf")}
+    for copy, (original, _) in sorted(files.items(), reverse=True):
         data = __salt__["slmdb_file.read"](original)
         if data is not None and data != __salt__["slmdb_file.read"](copy):
             __salt__["slmdb_file.write"](copy, data, "root", "root", "0600")

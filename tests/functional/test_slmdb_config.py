@@ -291,9 +291,13 @@ def test_without_a_last_good_configuration_the_failure_is_told(instance, minions
 
 def test_what_waits_for_a_restart_is_not_called_good(settled):
     """The last good configuration is one that was in force when logins were seen to work."""
-    tell(settled, settings={"shared_buffers": "200MB"})
+    rule = {"type": "local", "database": "all", "user": "alice", "method": "reject"}
+    tell(settled, settings={"shared_buffers": "200MB"}, hba={"before": [rule]})
     run(settled)
-    assert "200MB" not in Path("/var/lib/autobot-slm-database/last-good/conf").read_text()
+    good = Path("/var/lib/autobot-slm-database/last-good")
+    assert "200MB" not in (good / "conf").read_text()
+    # Rules are in force at once: a restart that fails must not bring back those of before.
+    assert "alice" in (good / "hba").read_text()
 
 
 def test_the_server_s_own_objection_brings_back_what_was_there(settled):
