@@ -60,7 +60,7 @@ def differences() -> dict[str, dict[str, Any]]:
     changes = _file_differences(found)
     if changes:
         _refuse(problems())
-    elif found["running"] and __salt__["slmdb_config.unread"](list(_wanted(found))):
+    elif found["running"] and __salt__["slmdb_config_file.unread"](list(_wanted(found))):
         changes["reload"] = {"old": "not read by the server", "new": "read"}
     return changes
 
@@ -182,7 +182,8 @@ def apply() -> None:
     found = _facts()
     wanted = _wanted(found)
     alive = __salt__["slmdb_server.available"]()
-    if _file_differences(found):
+    written = bool(_file_differences(found))
+    if written:
         _refuse(problems())
         before = {path: __salt__["slmdb_file.read"](path) for path in wanted}
         # Maps first: a rule that names a map must never be read before the map is there.
@@ -196,7 +197,7 @@ def apply() -> None:
                     _write(found, path, data)
             _refuse(refused)
     if alive:
-        __salt__["slmdb_config.load"](list(wanted))
+        __salt__["slmdb_config_file.load"](list(wanted), written)
 
 
 def _write(found: dict[str, Any], path: str, data: bytes) -> None:

@@ -4,9 +4,7 @@ The server's configuration: one file in ``conf.d``, which the server itself judg
 
 from __future__ import annotations
 
-import os
 import re
-import time
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -15,7 +13,6 @@ __virtualname__ = "slmdb_config"
 
 TUNED = "slm_database:tuning:profile"
 MEMORY = "# Made for a memory of {}MB.\n"
-PATIENCE = 15
 MODE = "0644"
 
 
@@ -262,7 +259,7 @@ def differences() -> dict[str, dict[str, Any]]:
     changes = _file_differences(found, text)
     if changes:
         _refuse(problems())
-    elif unread([found["conf_file"]]):
+    elif __salt__["slmdb_config_file.unread"]([found["conf_file"]]):
         changes["reload"] = {"old": "not read by the server", "new": "read"}
     return changes
 
@@ -301,30 +298,6 @@ def _waits(row: dict[str, Any] | None, value: str | None) -> bool:
     return __salt__["slmdb_conf.normal"](value, row["vartype"], row["unit"]) != row["setting"]
 
 
-def unread(paths: list[str]) -> bool:
-    """
-    Tell whether a running server has not read its configuration since a file of it was written.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_config.unread '[/etc/postgresql/15/main/pg_hba.conf]'
-
-    paths
-        The files.
-
-    Returns false if no server runs.
-    """
-    if not __salt__["slmdb_server.available"]():
-        return False
-    newest = max((os.stat(path).st_mtime for path in paths if os.path.exists(path)), default=0)
-    rows = __salt__["slmdb_server.query"](
-        "SELECT extract(epoch FROM pg_conf_load_time())::float AS at"
-    )
-    return rows[0]["at"] < newest
-
-
 def apply() -> None:
     """
     Write our file, let the server judge it, load it, and look at what is loaded.
@@ -340,7 +313,8 @@ def apply() -> None:
     """
     found = _facts()
     text = content()
-    if _file_differences(found, text):
+    written = bool(_file_differences(found, text))
+    if written:
         _refuse(problems())
         before = __salt__["slmdb_file.read"](found["conf_file"])
         _write(found, text.encode())
@@ -350,7 +324,7 @@ def apply() -> None:
                 _put_back(found, before)
                 _refuse(refused)
     if __salt__["slmdb_server.available"]():
-        load([found["conf_file"]])
+        __salt__["slmdb_config_file.load"]([found["conf_file"]], written)
         _look(found)
         __salt__["slmdb_since.remember"](pending())
 
@@ -373,34 +347,6 @@ def _server_objections(found: dict[str, Any]) -> list[str]:
         for row in __salt__["slmdb_config_file.errors"]()
         if row["known"] and row["file"] == found["conf_file"]
     ]
-
-
-def load(paths: list[str]) -> None:
-    """
-    Let the running server read its configuration again, and wait until it has.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_config.load '[/etc/postgresql/15/main/pg_hba.conf]'
-
-    paths
-        Files whose present content must have been read.
-
-    Raises CommandExecutionError if the server does not read them within 15 s.
-    """
-    deadline = time.monotonic() + PATIENCE
-    again = 0.0
-    while unread(paths):
-        if time.monotonic() > deadline:
-            raise CommandExecutionError("the server did not read its configuration again")
-        if time.monotonic() >= again:
-            __salt__["slmdb_service.reload"]()
-            again = time.monotonic() + 2
-        time.sleep(0.05)
-    # A session that is older than the reload keeps some settings (log_connections, say) for life.
-    __salt__["slmdb_server.forget"]()
 
 
 def _look(found: dict[str, Any]) -> None:

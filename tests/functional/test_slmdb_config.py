@@ -206,6 +206,32 @@ def test_a_file_that_the_server_has_not_read_is_loaded(settled):
     assert run(settled) == set()
 
 
+def test_a_file_of_before_the_clock_was_set_back_is_read_once(settled):
+    """It looks unread until the clock is there again."""
+    later = time.time() + 3600
+    os.utime(CONF, (later, later))
+    assert settled.state("slmdb_config.applied").changes.keys() == {"reload"}
+    assert CONF.stat().st_mtime < later - 3000
+    assert run(settled) == set()
+
+
+def test_what_is_written_after_the_clock_was_set_back_is_read(settled, monkeypatch):
+    """The file is older than what the server read last, by the clock."""
+    replace = os.replace
+
+    def long_ago(source, target):
+        replace(source, target)
+        os.utime(target, (1, 1))
+
+    rule = {"type": "local", "database": "all", "user": "alice", "method": "reject"}
+    tell(settled, settings={"work_mem": "9MB"}, hba={"before": [rule]})
+    monkeypatch.setattr(os, "replace", long_ago)
+    assert run(settled) == {"slmdb_config", "slmdb_access"}
+    assert shown(settled, "work_mem") == "9MB"
+    with pytest.raises(psycopg2.OperationalError, match="rejects connection"):
+        psycopg2.connect(host="/var/run/postgresql", user="alice", dbname="postgres")
+
+
 def test_what_overrides_ours_is_reported_with_file_and_line_and_left_alone(settled):
     """Another file of conf.d, and ALTER SYSTEM."""
     other = CONF.parent / "90-by-hand.conf"
