@@ -60,7 +60,7 @@ def differences() -> dict[str, dict[str, Any]]:
     changes = _file_differences(found)
     if changes:
         _refuse(problems())
-    elif found["running"] and __salt__["slmdb_config.unread"](list(_wanted(found))):
+    elif found["running"] and __salt__["slmdb_config_file.unread"](list(_wanted(found))):
         changes["reload"] = {"old": "not read by the server", "new": "read"}
     return changes
 
@@ -105,12 +105,14 @@ def problems() -> list[str]:
     """
     settings = _settings()
     rules = __salt__["slmdb_hba.rules"](settings)
-    hba = __salt__["slmdb_hba.render"](settings)
-    ident = __salt__["slmdb_hba.render_ident"](settings)
-    answer = __salt__["slmdb_rehearsal.check"](_configuration(), hba, ident)
+    rehearse = __salt__["slmdb_rehearsal.with_rules"]
+    answer = rehearse(__salt__["slmdb_config.content"]())
+    if answer and answer["objections"]:
+        # What is wrong there is said of the configuration; the rules are judged all the same.
+        answer = rehearse(_present(_facts()["conf_file"]))
     maps = __salt__["slmdb_hba.mappings"](settings)
     if answer and not answer["objections"]:
-        lines = _rule_lines(answer["rules"], rules) + _map_lines(answer["maps"], settings)
+        lines = errors_of(answer)
         if lines:
             return lines
         judged = __salt__["slmdb_hba.from_server"](answer["rules"])
@@ -125,9 +127,22 @@ def problems() -> list[str]:
     ]
 
 
-def _configuration() -> str:
-    """Return the configuration to read rules with: ours if it is good, else none."""
-    return _present(_facts()["conf_file"])
+def errors_of(answer: dict[str, Any]) -> list[str]:
+    """
+    Return the errors that a scratch instance found in the wanted rules, one line each.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_access.errors_of '{"rules": [], "maps": []}'
+
+    answer
+        As ``slmdb_rehearsal.with_rules`` gives it.
+    """
+    settings = _settings()
+    rules = __salt__["slmdb_hba.rules"](settings)
+    return _rule_lines(answer["rules"], rules) + _map_lines(answer["maps"], settings)
 
 
 def _rule_lines(rows: list[dict[str, Any]], rules: list[dict[str, Any]]) -> list[str]:
@@ -167,7 +182,8 @@ def apply() -> None:
     found = _facts()
     wanted = _wanted(found)
     alive = __salt__["slmdb_server.available"]()
-    if _file_differences(found):
+    written = bool(_file_differences(found))
+    if written:
         _refuse(problems())
         before = {path: __salt__["slmdb_file.read"](path) for path in wanted}
         # Maps first: a rule that names a map must never be read before the map is there.
@@ -181,7 +197,7 @@ def apply() -> None:
                     _write(found, path, data)
             _refuse(refused)
     if alive:
-        __salt__["slmdb_config.load"](list(wanted))
+        __salt__["slmdb_config_file.load"](list(wanted), written)
 
 
 def _write(found: dict[str, Any], path: str, data: bytes) -> None:

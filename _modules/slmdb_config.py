@@ -4,9 +4,7 @@ The server's configuration: one file in ``conf.d``, which the server itself judg
 
 from __future__ import annotations
 
-import os
 import re
-import time
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -15,7 +13,6 @@ __virtualname__ = "slmdb_config"
 
 TUNED = "slm_database:tuning:profile"
 MEMORY = "# Made for a memory of {}MB.\n"
-PATIENCE = 15
 MODE = "0644"
 
 
@@ -156,10 +153,14 @@ def problems() -> list[str]:
     busy = __salt__["slmdb_instance.port_problem"]()
     if busy:
         lines.append(busy)
+    lines += __salt__["slmdb_instance.address_problems"]()
     if lines:
         return lines
-    answer = __salt__["slmdb_rehearsal.check"](content())
-    return _objections(answer) if answer else []
+    answer = __salt__["slmdb_rehearsal.with_rules"](content())
+    if not answer:
+        return []
+    # A rule can be wrong for the configuration's sake: hostssl without ssl.
+    return _objections(answer) or __salt__["slmdb_access.errors_of"](answer)
 
 
 def _objections(answer: dict[str, Any]) -> list[str]:
@@ -173,16 +174,18 @@ def _objections(answer: dict[str, Any]) -> list[str]:
             f"{_advice(name, list(loaded))}; if it is your own, "
             f"add {name} to slm_database:allow_unsafe"
         )
-    too_much = __salt__["slmdb_limits.memory"](loaded, _host()["memory"])
-    pages = __salt__["slmdb_limits.huge_pages"](
-        loaded, wanted().get("huge_pages", "try"), __salt__["slmdb_limits.held_huge_pages"]()
-    )
+    host = _host()
+    # A memory in pillar may be less than there is; it does not make more.
+    too_much = __salt__["slmdb_limits.memory"](loaded, min(host["memory"], host["real"]))
+    pages = __salt__["slmdb_limits.huge_pages"](loaded, wanted().get("huge_pages", "try"))
     if pages:
         too_much["huge_pages"] = pages
     for name, words in too_much.items():
         if name not in allowed:
             lines.append(f"{_key(name)}: {words}; lower {name} or add it to allow_unsafe")
-    return lines
+    kept = __salt__["slmdb_limits.kept"](loaded)
+    # Also where it was taken out of pillar: there it is missed.
+    return lines + [f"slm_database:settings:{name}: {words}" for name, words in kept.items()]
 
 
 def _named(answer: dict[str, Any]) -> list[str]:
@@ -209,7 +212,7 @@ def _known_names() -> list[str]:
 
 
 def _blame(words: str) -> str:
-    """Return the pillar path of the setting that the server's words are about."""
+    """Return the pillar path, or the file, of the setting that the server's words are about."""
     settings = wanted()
     quoted = re.findall(r'"([^"]+)"', words)
     for name in [*quoted, *re.findall(r"[a-z_]+(?:\.[a-z_]+)?", words)]:
@@ -218,6 +221,9 @@ def _blame(words: str) -> str:
     for name in _given():
         if any(name in word or word in str(settings[name]) for word in quoted):
             return _key(name)
+    for row in foreign():
+        if any(word in row["value"] for word in quoted):
+            return f"{row['file']}, line {row['line']}"
     if "shared memory" in words:
         return _key("shared_buffers")
     return "slm_database:settings"
@@ -253,7 +259,7 @@ def differences() -> dict[str, dict[str, Any]]:
     changes = _file_differences(found, text)
     if changes:
         _refuse(problems())
-    elif unread([found["conf_file"]]):
+    elif __salt__["slmdb_config_file.unread"]([found["conf_file"]]):
         changes["reload"] = {"old": "not read by the server", "new": "read"}
     return changes
 
@@ -292,30 +298,6 @@ def _waits(row: dict[str, Any] | None, value: str | None) -> bool:
     return __salt__["slmdb_conf.normal"](value, row["vartype"], row["unit"]) != row["setting"]
 
 
-def unread(paths: list[str]) -> bool:
-    """
-    Tell whether a running server has not read its configuration since a file of it was written.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_config.unread '[/etc/postgresql/15/main/pg_hba.conf]'
-
-    paths
-        The files.
-
-    Returns false if no server runs.
-    """
-    if not __salt__["slmdb_server.available"]():
-        return False
-    newest = max((os.stat(path).st_mtime for path in paths if os.path.exists(path)), default=0)
-    rows = __salt__["slmdb_server.query"](
-        "SELECT extract(epoch FROM pg_conf_load_time())::float AS at"
-    )
-    return rows[0]["at"] < newest
-
-
 def apply() -> None:
     """
     Write our file, let the server judge it, load it, and look at what is loaded.
@@ -331,7 +313,8 @@ def apply() -> None:
     """
     found = _facts()
     text = content()
-    if _file_differences(found, text):
+    written = bool(_file_differences(found, text))
+    if written:
         _refuse(problems())
         before = __salt__["slmdb_file.read"](found["conf_file"])
         _write(found, text.encode())
@@ -341,7 +324,7 @@ def apply() -> None:
                 _put_back(found, before)
                 _refuse(refused)
     if __salt__["slmdb_server.available"]():
-        load([found["conf_file"]])
+        __salt__["slmdb_config_file.load"]([found["conf_file"]], written)
         _look(found)
         __salt__["slmdb_since.remember"](pending())
 
@@ -359,43 +342,11 @@ def _put_back(found: dict[str, Any], before: bytes | None) -> None:
 
 def _server_objections(found: dict[str, Any]) -> list[str]:
     """Return what the running server has against our file, which it has not loaded yet."""
-    rows = __salt__["slmdb_server.query"](
-        "SELECT f.name, f.error FROM pg_file_settings f LEFT JOIN pg_settings s USING (name) "
-        "WHERE f.error IS NOT NULL AND f.sourcefile = %s "
-        # A setting that waits for a restart is listed with this error, too.
-        "AND NOT (s.context = 'postmaster' AND f.error = 'setting could not be applied') "
-        "AND s.context IS NOT NULL",
-        [found["conf_file"]],
-    )
-    return [f"{_key(row['name'])}: the server says: {row['error']}" for row in rows]
-
-
-def load(paths: list[str]) -> None:
-    """
-    Let the running server read its configuration again, and wait until it has.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_config.load '[/etc/postgresql/15/main/pg_hba.conf]'
-
-    paths
-        Files whose present content must have been read.
-
-    Raises CommandExecutionError if the server does not read them within 15 s.
-    """
-    deadline = time.monotonic() + PATIENCE
-    again = 0.0
-    while unread(paths):
-        if time.monotonic() > deadline:
-            raise CommandExecutionError("the server did not read its configuration again")
-        if time.monotonic() >= again:
-            __salt__["slmdb_service.reload"]()
-            again = time.monotonic() + 2
-        time.sleep(0.05)
-    # A session that is older than the reload keeps some settings (log_connections, say) for life.
-    __salt__["slmdb_server.forget"]()
+    return [
+        f"{_key(row['name'])}: the server says: {row['error']}"
+        for row in __salt__["slmdb_config_file.errors"]()
+        if row["known"] and row["file"] == found["conf_file"]
+    ]
 
 
 def _look(found: dict[str, Any]) -> None:

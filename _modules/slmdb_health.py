@@ -322,6 +322,7 @@ def empty() -> dict[str, Any]:
         "capacity": {},
         "secret": {},
         "backup": {},
+        "configuration": [],
         "pending": [],
         "foreign": [],
         "fixed": [],
@@ -349,7 +350,8 @@ def report(timeout: float | None = None) -> dict[str, Any]:
 
     Returns ``healthy``, ``problems``, ``warnings``, ``server``, ``access``, ``migration``,
     ``tables``, ``capacity``, ``secret``, ``backup`` and ``pending``; further ``foreign`` (what
-    overrides our settings) and ``fixed`` (what only a rebuild changes). Raises nothing.
+    overrides our settings), ``configuration`` (errors in the server's files) and ``fixed`` (what
+    only a rebuild changes). Raises nothing.
     """
     begun = time.monotonic()
     answer, parts = empty(), _Parts()
@@ -410,6 +412,8 @@ def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:
     access["rule_errors"] = parts.get("access", __salt__["slmdb_access.rule_errors"], default=[])
     access["matrix"] = parts.get("access", __salt__["slmdb_access.matrix"], default=[])
     access["shadowed"] = parts.get("access", __salt__["slmdb_access.shadowed"], default=[])
+    errors = __salt__["slmdb_config_file.lines"]
+    answer["configuration"] = parts.get("configuration", errors, default=[])
     answer["pending"] = parts.get("pending", __salt__["slmdb_config.pending"], default=[])
     answer["foreign"] = parts.get("foreign", __salt__["slmdb_config.foreign"], default=[])
     answer["fixed"] = parts.get("instance", __salt__["slmdb_instance.report"], default=[])

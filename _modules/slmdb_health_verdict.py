@@ -103,6 +103,7 @@ def _access(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
             f"port {port} is listened on at {', '.join(outside)}, off loopback; "
             "slm_database:allow_remote is false"
         )
+    yield from (f"configuration: {line}" for line in report.get("configuration") or [])
     yield from (f"access rule: {line}" for line in access["rule_errors"] or [])
     for row in access["matrix"] or []:
         if not row["right"]:

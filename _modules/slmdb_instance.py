@@ -16,6 +16,8 @@ __virtualname__ = "slmdb_instance"
 
 NAME = "main"
 UNIT = "autobot-slm-database"
+# Any of these is where the application, and the formula's own login, connect.
+FOR_THE_APPLICATION = {"*", "0.0.0.0", "127.0.0.1", "localhost"}
 CONFIGURATION = "/etc/postgresql"
 DATA = "/var/lib/postgresql"
 SOCKETS = "/var/run/postgresql"
@@ -255,6 +257,54 @@ def port_problem() -> str | None:
         f"slm_database:port: {wanted} is held by another program "
         f"(listens on {', '.join(sorted(set(holders)))}); end it or choose another port"
     )
+
+
+def address_problems() -> list[str]:
+    """
+    Tell which wanted addresses the host does not have, and whether the application can connect.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.address_problems
+
+    Returns one line each; empty if the server can listen where it should. Raises nothing.
+    """
+    path = "slm_database:listen_addresses"
+    wanted = __salt__["slmdb_pillar.get"]("listen_addresses")
+    missing = {address for address in wanted if not _bindable(address)}
+    # A host may have no IPv6; ::1 only repeats what 127.0.0.1 gives.
+    if "127.0.0.1" in wanted and "127.0.0.1" not in missing:
+        missing.discard("::1")
+    lines = [
+        f"{path}:{position}: this host has no address {address}; correct it or remove it"
+        for position, address in enumerate(wanted)
+        if address in missing
+    ]
+    if not FOR_THE_APPLICATION.intersection(wanted):
+        lines.append(f"{path}: the application connects to 127.0.0.1; add it")
+    return lines
+
+
+def _bindable(address: str) -> bool:
+    """Whether a server could listen at an address; a name may stand for several."""
+    if address == "*":
+        return True
+    try:
+        places = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return any(_binds(family, place) for family, _, _, _, place in places)
+
+
+def _binds(family: int, place: tuple) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.bind(place)  # port 0: any that is free
+    except OSError:
+        return False
+    return True
 
 
 def _unusable(found: dict[str, Any]) -> str | None:

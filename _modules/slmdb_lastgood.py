@@ -14,6 +14,7 @@ from salt.exceptions import CommandExecutionError
 __virtualname__ = "slmdb_lastgood"
 
 DIRECTORY = "/var/lib/autobot-slm-database/last-good"
+OVERCOMMIT = "/proc/sys/vm/overcommit_memory"
 
 
 def __virtual__() -> str:
@@ -45,7 +46,8 @@ def exists() -> bool:
 
 def save() -> None:
     """
-    Keep the present configuration as the last good one, unless a part of it waits for a restart.
+    Keep the present configuration as the last good one; of one that waits for a restart in part
+    only the rules and maps, which never wait.
 
     CLI Example:
 
@@ -55,9 +57,10 @@ def save() -> None:
 
     To be called when the running server has been seen to let people in.
     """
+    files = _files()
     if __salt__["slmdb_config.pending"]():
-        return
-    for copy, (original, _) in sorted(_files().items(), reverse=True):
+        files = {copy: row for copy, row in files.items() if not copy.endswith("/conf")}
+    for copy, (original, _) in sorted(files.items(), reverse=True):
         data = __salt__["slmdb_file.read"](original)
         if data is not None and data != __salt__["slmdb_file.read"](copy):
             __salt__["slmdb_file.write"](copy, data, "root", "root", "0600")
@@ -110,9 +113,39 @@ def restart() -> None:
 
         salt-call slmdb_lastgood.restart
 
-    Raises CommandExecutionError if it did not start at the first try, also when it runs now.
+    Raises CommandExecutionError if it did not start at the first try, also when it runs now; and
+    before anything is done if a scratch instance shows that it would not.
     """
+    if __salt__["slmdb_instance.facts"]()["running"]:
+        _refuse(_objections())
     _attempt("restart")
+
+
+def _refuse(lines: list[str]) -> None:
+    if lines:
+        raise CommandExecutionError(
+            f"not restarted, the server would not start: {'; '.join(lines)}"
+        )
+
+
+def _objections() -> list[str]:
+    """Return why the server would not start with the files that are there, whoever wrote them."""
+    conf = __salt__["slmdb_file.read"](__salt__["slmdb_instance.facts"]()["conf_file"]) or b""
+    answer = __salt__["slmdb_rehearsal.check"](conf.decode(errors="replace"))
+    if not answer:
+        return []
+    kept = __salt__["slmdb_limits.kept"](answer["settings"])
+    lines = [f"{name}: {words}" for name, words in kept.items()]
+    return lines + [words for words in answer["objections"] if not _only_cramped(words)]
+
+
+def _only_cramped(words: str) -> bool:
+    """Whether the memory that the running server gives back may be all that is in the way."""
+    if "shared memory" not in words:
+        return False
+    # Before 15 a scratch instance asks for huge pages, too; a kernel may count memory strictly.
+    strict = (__salt__["slmdb_file.read"](OVERCOMMIT) or b"").strip() == b"2"
+    return strict or int(__salt__["slmdb_instance.facts"]()["version"]) < 15
 
 
 def _attempt(verb: str) -> None:
@@ -171,6 +204,7 @@ def differences() -> dict[str, dict[str, Any]]:
         salt-call slmdb_lastgood.differences
 
     Returns setting to ``old`` and ``new``; empty if nothing waits, or a restart is not permitted.
+    Raises CommandExecutionError if a restart is permitted and the server would not start.
     """
     if not __salt__["slmdb_server.available"]():
         return {}
@@ -179,6 +213,8 @@ def differences() -> dict[str, dict[str, Any]]:
     # is started anew by slmdb_service.running.
     if not waiting or not permitted() or not __salt__["slmdb_service.running"]():
         return {}
+    # With what our file has or will have; by others there may be something new since it was parked.
+    _refuse(__salt__["slmdb_config.problems"]())
     return {row["name"]: {"old": row["old"], "new": row["new"]} for row in waiting}
 
 

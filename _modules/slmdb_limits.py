@@ -38,7 +38,16 @@ _ARCHIVING: dict[str, tuple[str | None, str]] = {
     "archive_command": (None, "WAL would be archived elsewhere"),
     "archive_library": (None, "WAL would be archived elsewhere"),
 }
+HUGE_PAGES = "/sys/kernel/mm/hugepages"
+_PAGES = ("free_hugepages", "resv_hugepages")
 _FILES = ("ssl_cert_file", "ssl_key_file", "ssl_ca_file", "ssl_crl_file", "ssl_dh_params_file")
+# What a server finds in its data directory when it starts, and would not start without room for.
+_KEPT = """
+SELECT (SELECT count(*) FROM pg_prepared_xacts) AS prepared, count(*) AS slots,
+       count(*) FILTER (WHERE slot_type = 'logical') AS logical
+  FROM pg_replication_slots WHERE NOT temporary
+"""
+_DROP = "drop what is too much first, or the server would not start again"
 # What a session takes besides work_mem, roughly; and what sessions may take, all together.
 _SESSION = 2 * 1024**2
 _ABSURD = 4
@@ -108,6 +117,8 @@ def _broken(name: str, value: str, data_directory: str) -> str | None:
         return None if os.path.isfile(path) else f"there is no file {path}"
     if name.startswith("include"):
         return "files are included by Debian's postgresql.conf alone"
+    if name == "synchronous_standby_names" and value.strip():
+        return "there is no standby: every commit would wait for one"
     forbidden, reason = _PROMISES.get(name, ("", ""))
     if forbidden is None:
         return reason
@@ -153,11 +164,46 @@ def memory(loaded: dict[str, dict[str, Any]], bytes_there: int) -> dict[str, str
 _COUNTED = ("shared_buffers", "shared_memory_size", "max_connections", "work_mem")
 
 
+def kept(loaded: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """
+    Return why the running server could not start with what it keeps, by the setting's name.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_limits.kept '{}'
+
+    loaded
+        Rows of ``pg_settings`` by name, from a server that has read the wanted configuration.
+
+    Prepared transactions and replication slots outlive a restart. Empty if no server runs. Raises
+    ``CommandExecutionError`` if it cannot be asked.
+    """
+    if not loaded or not __salt__["slmdb_server.available"]():
+        return {}
+    value = {name: row["setting"] for name, row in loaded.items()}
+    (there,) = __salt__["slmdb_server.query"](_KEPT)
+    found = {}
+    if there["prepared"] > int(value["max_prepared_transactions"]):
+        found["max_prepared_transactions"] = (
+            f"prepared transactions that are open: {there['prepared']}; end them first, "
+            "or the server would not start again"
+        )
+    if there["slots"] > int(value["max_replication_slots"]):
+        found["max_replication_slots"] = f"replication slots there are: {there['slots']}; {_DROP}"
+    which = {"minimal": "slots", "replica": "logical"}.get(value["wal_level"])
+    if which and there[which]:
+        what = "replication" if which == "slots" else "logical replication"
+        found["wal_level"] = f"{what} slots there are: {there[which]}; {_DROP}"
+    return found
+
+
 def _mb(size: int | float) -> str:
     return f"{round(size / 1024**2)}MB"
 
 
-def huge_pages(loaded: dict[str, dict[str, Any]], wanted: str, held: int) -> str | None:
+def huge_pages(loaded: dict[str, dict[str, Any]], wanted: str) -> str | None:
     """
     Return why the kernel's huge pages do not suffice, or None if they do or are not asked for.
 
@@ -165,7 +211,7 @@ def huge_pages(loaded: dict[str, dict[str, Any]], wanted: str, held: int) -> str
 
     .. code-block:: bash
 
-        salt-call slmdb_limits.huge_pages '{}' on 0
+        salt-call slmdb_limits.huge_pages '{}' on
 
     loaded
         Rows of ``pg_settings`` by name, from a server that has read the wanted configuration.
@@ -173,19 +219,19 @@ def huge_pages(loaded: dict[str, dict[str, Any]], wanted: str, held: int) -> str
     wanted
         The wanted value of ``huge_pages``.
 
-    held
-        Pages that the running server holds and gives back when it restarts.
+    Those that the running server holds count: it gives them back when it restarts.
     """
     row = loaded.get("shared_memory_size_in_huge_pages")
     if row is None or __salt__["slmdb_conf.normal"](wanted, "bool") != "on":
         return None
-    needed, there = int(row["setting"]), _free_huge_pages() + held
+    size = int(loaded["huge_page_size"]["setting"]) or _usual_huge_page()
+    needed, there = int(row["setting"]), _free_huge_pages(size) + held_huge_pages(size)
     if 0 <= needed <= there:
         return None
-    return f"{needed} huge pages are needed, the kernel has {there} (vm.nr_hugepages)"
+    return f"{needed} huge pages of {size}kB are needed, the kernel has {there} (vm.nr_hugepages)"
 
 
-def held_huge_pages() -> int:
+def held_huge_pages(size: int) -> int:
     """
     Return the huge pages that the running server holds, and gives back when it restarts.
 
@@ -193,19 +239,40 @@ def held_huge_pages() -> int:
 
     .. code-block:: bash
 
-        salt-call slmdb_limits.held_huge_pages
+        salt-call slmdb_limits.held_huge_pages 2048
+
+    size
+        Their size in kB; a server that holds others holds none of these.
     """
     if not __salt__["slmdb_server.available"]():
         return 0
     rows = __salt__["slmdb_server.query"](
-        "SELECT setting::int AS pages FROM pg_settings "
-        "WHERE name = 'shared_memory_size_in_huge_pages' "
-        "AND current_setting('huge_pages') = 'on'"
+        "SELECT p.setting::int AS pages, s.setting::int AS size "
+        "FROM pg_settings p, pg_settings s "
+        "WHERE p.name = 'shared_memory_size_in_huge_pages' AND s.name = 'huge_page_size' "
+        "AND coalesce(current_setting('huge_pages_status', true), current_setting('huge_pages')) "
+        "= 'on'"
     )
-    return max(rows[0]["pages"], 0) if rows else 0
+    held = [row["pages"] for row in rows if (row["size"] or _usual_huge_page()) == size]
+    return max(held[0], 0) if held else 0
 
 
-def _free_huge_pages() -> int:
+def _usual_huge_page() -> int:
+    """The kernel's default size of a huge page in kB; 0 if it has none."""
     with open("/proc/meminfo", encoding="ascii") as stream:
         values = dict(line.split(":", 1) for line in stream if ":" in line)
-    return int(values.get("HugePages_Free", "0").split()[0])
+    return int(values.get("Hugepagesize", "0").split()[0])
+
+
+def _free_huge_pages(size: int) -> int:
+    """Pages of a size in kB that nobody has, nor was promised; of a size that is unknown none."""
+    try:
+        free, promised = (_number(f"{HUGE_PAGES}/hugepages-{size}kB/{name}") for name in _PAGES)
+    except FileNotFoundError:
+        return 0
+    return max(free - promised, 0)
+
+
+def _number(path: str) -> int:
+    with open(path, encoding="ascii") as stream:
+        return int(stream.read())

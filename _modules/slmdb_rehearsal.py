@@ -11,7 +11,9 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +40,7 @@ _OWN = {
     "archive_command": "/bin/false",
     "restore_command": "",
     "primary_conninfo": "",
+    "synchronous_standby_names": "",
     "log_destination": "stderr",
     "lc_messages": "C",
     "cluster_name": "rehearsal",
@@ -72,15 +75,38 @@ def check(conf: str, hba: str | None = None, ident: str | None = None) -> dict[s
     run. Raises ``CommandExecutionError`` if the scratch instance cannot be made.
     """
     found = __salt__["slmdb_instance.facts"]()
-    if not os.access(f"{found['bin_directory']}/postgres", os.X_OK):
+    program = f"{found['bin_directory']}/postgres"
+    if not os.access(program, os.X_OK):
         return None
     others = "".join(_read(path) for path in _foreign_files(found))
-    key = hashlib.sha256("\0".join([conf, hba or "", ident or "", others]).encode()).hexdigest()
+    # An update in the same run brings another program.
+    asked = [conf, hba or "", ident or "", others, str(__salt__["slmdb_file.stamp"](program))]
+    key = hashlib.sha256("\0".join(asked).encode()).hexdigest()
     kept = __context__.setdefault("slmdb_rehearsals", {})
     if key not in kept:
         with _scratch(found, conf) as directory:
             kept[key] = _rehearse(found, directory, hba, ident)
     return kept[key]
+
+
+def with_rules(conf: str) -> dict[str, Any] | None:
+    """
+    Check a configuration together with the wanted access rules.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_rehearsal.with_rules "ssl = off"
+
+    conf
+        The text that would be in our file in ``conf.d``.
+
+    Returns what ``check`` does, and raises as that.
+    """
+    settings = __salt__["slmdb_pillar.settings"]()
+    hba = __salt__["slmdb_hba.render"](settings)
+    return check(conf, hba, __salt__["slmdb_hba.render_ident"](settings))
 
 
 def _foreign_files(found: dict[str, Any]) -> list[str]:
@@ -154,15 +180,27 @@ def _copy_configuration(found: dict[str, Any], conf: str) -> None:
     _put(f"{target}/conf.d/{CONF}", conf)
     _put(f"{DIRECTORY}/hba", "local all all trust\n")
     _put(f"{DIRECTORY}/ident", "")
-    # Certificates and what ALTER SYSTEM set lie in the data directory.
-    for name in ("postgresql.auto.conf", "server.crt", "server.key", "root.crt", "root.crl"):
-        source = f"{found['data_directory']}/{name}"
-        if os.path.isfile(source):
-            shutil.copy2(source, f"{DIRECTORY}/data/{name}")
-            shutil.chown(f"{DIRECTORY}/data/{name}", found["user"], found["user"])
+    _link_files(found, conf)
     for directory, names, files in os.walk(target):
         for name in (".", *names, *files):
             shutil.chown(os.path.join(directory, name), found["user"], found["user"])
+
+
+def _link_files(found: dict[str, Any], conf: str) -> None:
+    """What lies in the data directory is read where it is: with its own owner and mode."""
+    names = {"postgresql.auto.conf", "server.crt", "server.key", "root.crt", "root.crl"}
+    for text in (conf, *map(_read, _foreign_files(found))):
+        for name, value in __salt__["slmdb_conf.parse"](text).items():
+            if name.startswith("ssl_") and name.endswith("_file"):
+                names.add(os.path.normpath(value).split("/")[0])
+    for name in sorted(names - {"", ".", ".."}):
+        source, target = f"{found['data_directory']}/{name}", f"{DIRECTORY}/data/{name}"
+        if not os.path.exists(source):
+            continue
+        if name == "postgresql.auto.conf":
+            os.unlink(target)  # initdb's, which sets nothing
+        if not os.path.lexists(target):
+            os.symlink(source, target)
 
 
 def _put(path: str, content: str) -> None:
@@ -185,15 +223,36 @@ def _rehearse(
             stderr=log,
         )
         try:
-            answer["objections"] = _greet(server, directory, answer, hba, ident)
-            if server.poll() is not None:
+            with _watched(server) as late:
+                answer["objections"] = _greet(server, directory, answer, hba, ident)
+            if late.is_set():
+                answer["objections"] = [f"the server starts, but is stuck for {2 * PATIENCE} s"]
+            elif server.poll() is not None:
                 log.seek(0)
                 answer["objections"] = _words(log.read().decode(errors="replace"))
         finally:
             with contextlib.suppress(ProcessLookupError):
-                server.send_signal(3)
+                server.send_signal(signal.SIGQUIT)
             server.wait()
     return answer
+
+
+@contextlib.contextmanager
+def _watched(server: subprocess.Popen) -> Iterator[threading.Event]:
+    """End a server that does not let go of us in time; the event tells that it was ended."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        server.send_signal(signal.SIGQUIT)
+
+    watchdog = threading.Timer(2 * PATIENCE, end)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield late
+    finally:
+        watchdog.cancel()
 
 
 def _options(found: dict[str, Any]) -> list[str]:
@@ -215,7 +274,8 @@ def _greet(
     refused = "it did not answer"
     while server.poll() is None and time.monotonic() < deadline:
         try:
-            connection = __salt__["slmdb_server.connect"](host=directory, port=PORT)
+            # Without options: what sessions are given must let everybody work.
+            connection = __salt__["slmdb_server.connect"](host=directory, port=PORT, options="")
         except CommandExecutionError as err:
             refused = str(err.strerror)
             if "FATAL" in refused and "starting up" not in refused:
@@ -271,6 +331,11 @@ def _rows(connection: Any, statement: str) -> list[dict[str, Any]]:
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
+def _place(match: re.Match[str]) -> str:
+    """Where somebody else's mistake is; ours is named by its pillar path."""
+    return "" if match[1] == CONF else f" ({match[1]}, line {match[2]})"
+
+
 def _words(log: str) -> list[str]:
     """Return the server's complaints, each with its hint, without the path of the scratch files."""
     found: list[str] = []
@@ -279,7 +344,7 @@ def _words(log: str) -> list[str]:
         if not match:
             continue
         level, words = match[1], match[2].strip()
-        words = re.sub(rf' in file "{DIRECTORY}[^"]*/([^"/]+)" line (\d+)', "", words)
+        words = re.sub(rf' in file "{DIRECTORY}[^"]*/([^"/]+)" line (\d+)', _place, words)
         if level in ("HINT", "DETAIL"):
             if found:
                 found[-1] += f" ({words})"

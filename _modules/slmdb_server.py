@@ -25,6 +25,14 @@ __virtualname__ = "slmdb_server"
 
 USER = "postgres"
 TIMEOUT = 10
+# What is set for the sessions of others must not end ours, least of all the one that corrects it.
+_UNHURRIED = {
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "default_transaction_read_only": "off",
+}
 
 
 def __virtual__() -> str:
@@ -52,6 +60,11 @@ def _line(err: Exception) -> str:
     if isinstance(err, _driver().OperationalError) and not getattr(err, "pgcode", None):
         return (str(err).strip().splitlines() or ["no answer"])[0]
     return type(err).__name__
+
+
+def _options(major: int) -> str:
+    names = {**_UNHURRIED, **({"transaction_timeout": "0"} if major >= 17 else {})}
+    return " ".join(f"-c {name}={value}" for name, value in names.items())
 
 
 @contextlib.contextmanager
@@ -82,13 +95,15 @@ def connect(database: str = USER, **overrides: Any) -> Any:
     database
         Name of the database.
     overrides
-        Parameters of libpq that replace ours.
+        Parameters of libpq that replace ours. Another ``user`` gets what everybody is given;
+        the superuser has no timeouts and may write.
 
     Returns a psycopg2 connection, for callers in Python. Raises ``CommandExecutionError`` if the
     server does not answer or refuses.
     """
     driver = _driver()
     found = __salt__["slmdb_instance.facts"]()
+    ours = overrides.get("user", USER) == USER
     parameters = {
         "host": found["socket_directory"],
         "port": found["port"],
@@ -98,7 +113,7 @@ def connect(database: str = USER, **overrides: Any) -> Any:
         "application_name": "slmdb",
         "connect_timeout": TIMEOUT,
         "client_encoding": "UTF8",
-        "options": "",
+        "options": _options(int(found["version"])) if ours else "",
         **overrides,
     }
     try:

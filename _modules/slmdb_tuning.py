@@ -26,7 +26,8 @@ def __virtual__() -> str:
 
 def host(data_directory: str, remembered: int | None = None) -> dict[str, Any]:
     """
-    Return what the settings depend on: memory (bytes), cores, storage and disk (bytes).
+    Return what the settings depend on: memory (bytes), cores, storage and disk (bytes); and the
+    memory that there really is.
 
     CLI Example:
 
@@ -42,7 +43,8 @@ def host(data_directory: str, remembered: int | None = None) -> dict[str, Any]:
         a tenth of it, so that a host whose memory varies a little keeps its settings.
     """
     given = __salt__["slmdb_pillar.get"]("tuning", "memory")
-    memory = _size(given) if given else _memory()
+    real = _memory()
+    memory = _size(given) if given else real
     if not given and remembered and abs(memory - remembered * MB) <= 0.1 * remembered * MB:
         memory = remembered * MB
     path = data_directory
@@ -51,6 +53,7 @@ def host(data_directory: str, remembered: int | None = None) -> dict[str, Any]:
     disk = os.statvfs(path)
     return {
         "memory": memory // MB * MB,
+        "real": real,
         "cores": len(os.sched_getaffinity(0)),
         "rotational": _rotational(path),
         "disk": disk.f_blocks * disk.f_frsize,

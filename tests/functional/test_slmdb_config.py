@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_what_a_reload_brings_is_in_force_at_once(settled):
     client.close()
 
 
+def test_timeouts_are_for_the_sessions_of_others(settled):
+    """The formula's own sessions could not even correct them."""
+    names = ["statement_timeout", "lock_timeout", "idle_session_timeout"]
+    names += ["idle_in_transaction_session_timeout"]
+    tell(settled, settings=dict.fromkeys(names, "20s"))
+    assert run(settled) == {"slmdb_config"}
+    settled.call("slmdb_server.execute", "ALTER ROLE postgres SET statement_timeout = 1")
+    settled.call("slmdb_server.forget")
+    for name in names:
+        assert shown(settled, name) == "0"
+    client = psycopg2.connect(host="/var/run/postgresql", user="autobot_slm", dbname="autobot_slm")
+    with contextlib.closing(client), client.cursor() as cursor:
+        for name in names:
+            cursor.execute(f"SHOW {name}")
+            assert cursor.fetchone() == ("20s",)
+    assert run(settled) == set()
+    tell(settled)
+    assert run(settled) == {"slmdb_config"}
+
+
 def test_what_needs_a_restart_waits_for_it_and_is_listed(settled):
     """Nothing restarts by surprise; the list says since when."""
     before, pid = shown(settled, "shared_buffers"), settled.call("slmdb_instance.facts")["pid"]
@@ -143,6 +164,30 @@ def test_a_permitted_restart_brings_it(settled, leave):
     assert run(settled) == set()
 
 
+def test_what_the_server_keeps_over_a_restart_must_find_room(settled):
+    """An empty scratch instance has no prepared transaction and no replication slot."""
+    room = {"max_prepared_transactions": 5, "wal_level": "logical"}
+    tell(settled, settings=room, restart="now")
+    run(settled)
+    ask = "SELECT pg_create_logical_replication_slot('held', 'pgoutput')"
+    settled.call("slmdb_server.query", ask)
+    held = "BEGIN; CREATE TABLE held (); PREPARE TRANSACTION 'held'"
+    settled.call("slmdb_server.execute", held)
+    before = CONF.read_bytes()
+    tell(settled, settings={"max_replication_slots": 0})
+    assert [line.partition(";")[0] for line in settled.call("slmdb_config.problems")] == [
+        "slm_database:settings:max_prepared_transactions: prepared transactions that are open: 1",
+        "slm_database:settings:max_replication_slots: replication slots there are: 1",
+        "slm_database:settings:wal_level: logical replication slots there are: 1",
+    ]
+    assert settled.state("slmdb_config.applied").result is False
+    assert CONF.read_bytes() == before
+    settled.call("slmdb_server.execute", "ROLLBACK PREPARED 'held'")
+    settled.call("slmdb_server.query", "SELECT pg_drop_replication_slot('held')")
+    settled.loaders.context.clear()
+    assert settled.call("slmdb_config.problems") == []
+
+
 def test_a_hand_edit_of_our_file_is_undone(settled):
     """Our file is ours; the server is told."""
     CONF.write_text(CONF.read_text().replace("log_lock_waits = 'on'", "log_lock_waits = 'off'"))
@@ -161,6 +206,32 @@ def test_a_file_that_the_server_has_not_read_is_loaded(settled):
     assert run(settled) == set()
 
 
+def test_a_file_of_before_the_clock_was_set_back_is_read_once(settled):
+    """It looks unread until the clock is there again."""
+    later = time.time() + 3600
+    os.utime(CONF, (later, later))
+    assert settled.state("slmdb_config.applied").changes.keys() == {"reload"}
+    assert CONF.stat().st_mtime < later - 3000
+    assert run(settled) == set()
+
+
+def test_what_is_written_after_the_clock_was_set_back_is_read(settled, monkeypatch):
+    """The file is older than what the server read last, by the clock."""
+    replace = os.replace
+
+    def long_ago(source, target):
+        replace(source, target)
+        os.utime(target, (1, 1))
+
+    rule = {"type": "local", "database": "all", "user": "alice", "method": "reject"}
+    tell(settled, settings={"work_mem": "9MB"}, hba={"before": [rule]})
+    monkeypatch.setattr(os, "replace", long_ago)
+    assert run(settled) == {"slmdb_config", "slmdb_access"}
+    assert shown(settled, "work_mem") == "9MB"
+    with pytest.raises(psycopg2.OperationalError, match="rejects connection"):
+        psycopg2.connect(host="/var/run/postgresql", user="alice", dbname="postgres")
+
+
 def test_what_overrides_ours_is_reported_with_file_and_line_and_left_alone(settled):
     """Another file of conf.d, and ALTER SYSTEM."""
     other = CONF.parent / "90-by-hand.conf"
@@ -175,25 +246,64 @@ def test_what_overrides_ours_is_reported_with_file_and_line_and_left_alone(settl
     assert other.read_text().endswith("off\n") and "5MB" in AUTO.read_text()
 
 
-def break_the_start():
-    """A configuration that no rehearsal saw: written by hand, refused by the server at start."""
-    CONF.write_text(CONF.read_text() + "shared_preload_libraries = 'nosuch'\n")
+UNKNOWN = "shared_preload_libraries = 'nosuch'"
+# A scratch instance does without huge pages, for the running server may hold those there are.
+UNSEEN = "huge_pages = 'on'"
 
 
-@pytest.mark.parametrize("verb", ["restart", "start"])
-def test_a_server_that_does_not_start_goes_back_to_the_last_good_configuration(settled, verb):
+def break_the_start(line=UNKNOWN):
+    """A line by hand in our file, with which the server does not start."""
+    CONF.write_text(f"{CONF.read_text()}{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "line", "words"),
+    [("restart", UNSEEN, "shared memory"), ("start", UNKNOWN, "nosuch")],
+)
+def test_a_server_that_does_not_start_goes_back_to_the_last_good_configuration(
+    settled, verb, line, words
+):
     """It is up again at once, the error has the server's words, and the next run is quiet."""
     good = CONF.read_text()
-    break_the_start()
+    break_the_start(line)
     if verb == "start":
         settled.call("slmdb_service.stop")
     began = time.monotonic()
-    with pytest.raises(CommandExecutionError, match=r"nosuch.*last good configuration is in force"):
+    said = f"{words}.*last good configuration is in force"
+    with pytest.raises(CommandExecutionError, match=said):
         settled.call(f"slmdb_lastgood.{verb}")
     assert time.monotonic() - began < 30
     assert CONF.read_text() == good
     assert settled.call("slmdb_server.available")
     assert run(settled) == set()
+
+
+def test_a_restart_that_would_fail_is_not_tried(settled):
+    """Our files are the last good ones: with what others wrote there is nothing to go back to."""
+    pid = settled.call("slmdb_instance.facts")["pid"]
+    settled.call("slmdb_server.execute", f"ALTER SYSTEM SET {UNKNOWN}")
+    settled.call("slmdb_service.reload")
+    deadline = time.monotonic() + 20
+    while not settled.call("slmdb_config.pending") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    tell(settled, restart="now")
+    for test in (True, False):
+        refused = settled.state("slmdb_config.in_force", test=test)
+        assert (refused.result, refused.changes) == (False, {})
+        words = "not restarted, the server would not start: "
+        assert f'{words}{AUTO}, line 3: could not access file "nosuch"' in refused.comment
+    with pytest.raises(CommandExecutionError, match=f"{words}could not access file"):
+        settled.call("slmdb_lastgood.restart")
+    assert settled.call("slmdb_instance.facts")["pid"] == pid
+    assert settled.call("slmdb_server.available")
+
+
+def test_a_mistake_of_somebody_else_is_named_with_its_file_and_line(settled):
+    """Before ours is written beside it, which would not be loaded either."""
+    CONF.with_name("90-by-hand.conf").write_text("# by hand\nnosuch = 1\n")
+    tell(settled, settings={"work_mem": "9MB"})
+    words = 'unrecognized configuration parameter "nosuch" (90-by-hand.conf, line 2)'
+    assert words in settled.state("slmdb_config.applied", test=True).comment
 
 
 def test_without_a_last_good_configuration_the_failure_is_told(instance, minions):
@@ -207,18 +317,23 @@ def test_without_a_last_good_configuration_the_failure_is_told(instance, minions
 
 def test_what_waits_for_a_restart_is_not_called_good(settled):
     """The last good configuration is one that was in force when logins were seen to work."""
-    tell(settled, settings={"shared_buffers": "200MB"})
+    rule = {"type": "local", "database": "all", "user": "alice", "method": "reject"}
+    tell(settled, settings={"shared_buffers": "200MB"}, hba={"before": [rule]})
     run(settled)
-    assert "200MB" not in Path("/var/lib/autobot-slm-database/last-good/conf").read_text()
+    good = Path("/var/lib/autobot-slm-database/last-good")
+    assert "200MB" not in (good / "conf").read_text()
+    # Rules are in force at once: a restart that fails must not bring back those of before.
+    assert "alice" in (good / "hba").read_text()
 
 
 def test_the_server_s_own_objection_brings_back_what_was_there(settled):
     """Should a rehearsal have let something through, the running server has the last word."""
     before = CONF.read_bytes()
     tell(settled, settings={"work_mem": "1"})
-    rehearsed = settled.call("slmdb_rehearsal.check", settled.call("slmdb_config.content"))
-    rehearsed["objections"] = []
-    with pytest.raises(CommandExecutionError, match="slm_database:settings:work_mem: "):
+    rehearsed = settled.call("slmdb_rehearsal.with_rules", settled.call("slmdb_config.content"))
+    rehearsed.update(settled.call("slmdb_rehearsal.with_rules", ""))
+    words = "slm_database:settings:work_mem: the server says: "
+    with pytest.raises(CommandExecutionError, match=words):
         settled.call("slmdb_config.apply")
     assert CONF.read_bytes() == before
     assert shown(settled, "work_mem") != "1kB"

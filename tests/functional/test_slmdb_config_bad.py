@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import psycopg2
@@ -64,6 +66,10 @@ SETTINGS = {
     "nothing may be written": ({"default_transaction_read_only": True}, "read-only"),
     "too many workers": ({"max_worker_processes": 999999}, "max_worker_processes: .*outside"),
     "no boolean": ({"jit": "perhaps"}, "jit: .*Boolean"),
+    "commits that wait for nobody": (
+        {"synchronous_standby_names": "*"},
+        "synchronous_standby_names: there is no standby.*allow_unsafe",
+    ),
     "no autovacuum": ({"autovacuum": "off"}, "autovacuum: .*allow_unsafe"),
     "a log nobody may write": (
         {"logging_collector": True, "log_directory": "/proc/nowhere"},
@@ -248,6 +254,98 @@ def test_a_port_that_somebody_else_has_is_refused(settled, client):
     assert _files() == before and _answers(client)
 
 
+@pytest.fixture
+def key(settled):
+    """The private key of a certificate below the data directory, which root brought there."""
+    directory = Path(settled.call("slmdb_instance.facts")["data_directory"], "certificates")
+    directory.mkdir(mode=0o755)
+    made = directory / "server.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=here"]
+    files = ["-keyout", str(made), "-out", str(directory / "server.crt")]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+    yield made
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(
+    ("group", "mode", "words"),
+    [("root", 0o600, "could not load private key"), ("postgres", 0o644, "group or world access")],
+)
+def test_a_private_key_is_judged_with_its_own_owner_and_mode(settled, key, group, mode, words):
+    """As the server will find it: one that root alone reads is none, one for its group is."""
+    files = {"ssl_cert_file": "certificates/server.crt", "ssl_key_file": "certificates/server.key"}
+    settled.tell({"slm_database": {"settings": {"ssl": True, **files}}})
+    for owner, bits, said in ((group, mode, [words]), ("postgres", 0o640, [])):
+        shutil.chown(key, "root", owner)
+        key.chmod(bits)
+        settled.loaders.context.clear()
+        found = settled.call("slmdb_config.problems")
+        assert len(found) == len(said) and all(word in " ".join(found) for word in said)
+
+
+def test_rules_are_judged_with_the_configuration_that_will_be(settled, key):
+    """Not with the one that is: hostssl needs ssl, and is cut off without it."""
+    shutil.chown(key, "postgres", "postgres")
+    key.chmod(0o600)
+    files = {"ssl_cert_file": str(key.with_suffix(".crt")), "ssl_key_file": str(key)}
+    rule = {"type": "hostssl", "database": "all", "user": "alice", "address": "10.0.0.0/8"}
+    hba = {"before": [{**rule, "method": "scram-sha-256"}]}
+    settled.tell({"slm_database": {"settings": {**files, "ssl": True}, "hba": hba}})
+    assert settled.call("slmdb_config.problems") == []
+    assert settled.state("slmdb_access.applied", test=True).result is None
+    settled.tell({"slm_database": {"settings": {**files, "ssl": False}, "hba": hba}})
+    refused = settled.state("slmdb_config.applied", test=True)
+    assert refused.result is False
+    assert "slm_database:hba:before:0: the server says: hostssl" in refused.comment
+
+
+ADDRESSES = {
+    "an address of another host": (["127.0.0.1", "10.9.9.9"], ":1: this host has no address 10.9"),
+    "none that the host has": (["10.9.9.9"], ":0: this host has no address 10.9.9.9"),
+    "none for the application": (["127.0.0.2"], ": the application connects to 127.0.0.1; add it"),
+}
+
+
+@pytest.mark.parametrize("case", ADDRESSES)
+def test_an_address_that_would_be_missed_is_refused(settled, client, case):
+    """It would only be tried at the next start, which may be a reboot."""
+    addresses, words = ADDRESSES[case]
+    before = _files()
+    settled.tell({"slm_database": {"listen_addresses": addresses, "allow_remote": True}})
+    for test in (True, False):
+        result = settled.state("slmdb_config.applied", test=test)
+        assert result.result is False
+        assert f"slm_database:listen_addresses{words}" in result.comment
+    assert _files() == before and _answers(client)
+
+
+@pytest.mark.parametrize("addresses", [["*"], ["0.0.0.0"], ["localhost"], ["127.0.0.1", "::1"]])
+def test_an_address_that_the_host_has_is_none_to_refuse(settled, addresses):
+    """Every host has these."""
+    settled.tell({"slm_database": {"listen_addresses": addresses, "allow_remote": True}})
+    assert settled.call("slmdb_config.problems") == []
+
+
+def test_a_host_without_ipv6_needs_none(settled):
+    """The default addresses count as given where only 127.0.0.1 is there."""
+    switch = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+    before = switch.read_text()
+    settled.tell(None)
+    switch.write_text("1")
+    try:
+        assert settled.call("slmdb_instance.address_problems") == []
+    finally:
+        switch.write_text(before)
+
+
+def test_a_memory_in_pillar_makes_no_more_of_it(settled):
+    """A typing error there would let anything pass."""
+    settings = {"max_connections": 9000, "work_mem": "64MB"}
+    tuning = {"profile": "off", "memory": "9000GB"}
+    settled.tell({"slm_database": {"settings": settings, "tuning": tuning}})
+    assert "max_connections: 9000 sessions" in " ".join(settled.call("slmdb_config.problems"))
+
+
 def test_all_broken_promises_are_named_at_once(settled):
     """Nobody has to run again to hear the next mistake."""
     settled.tell({"slm_database": {"settings": {"fsync": False, "autovacuum": False}}})
@@ -258,8 +356,9 @@ def test_all_broken_promises_are_named_at_once(settled):
     ]
 
 
-def test_an_explicit_key_permits_what_is_unsafe(settled):
+@pytest.mark.parametrize("setting", [{"fsync": False}, {"synchronous_standby_names": "*"}])
+def test_an_explicit_key_permits_what_is_unsafe(settled, setting):
     """The operator decides, by name."""
-    settled.tell({"slm_database": {"settings": {"fsync": False}, "allow_unsafe": ["fsync"]}})
+    settled.tell({"slm_database": {"settings": setting, "allow_unsafe": list(setting)}})
     assert settled.call("slmdb_config.problems") == []
     settled.tell(None)

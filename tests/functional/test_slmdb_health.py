@@ -273,6 +273,24 @@ def test_an_access_rule_that_lets_anybody_in(minion):
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("work_mem = banana", "work_mem: setting could not be applied"),
+        ("nosuch = 1", "nosuch: unrecognized configuration parameter"),
+    ],
+)
+def test_a_configuration_file_that_the_server_would_refuse(minion, line, words):
+    """Whoever wrote it: the next start would fail."""
+    conf = Path(minion.call("slmdb_instance.facts")["conf_file"])
+    other = conf.with_name("90-by-hand.conf")
+    other.write_text(f"# by hand\n{line}\n")
+    try:
+        assert f"configuration: {other}, line 2: {words}" in problems(minion)
+    finally:
+        other.unlink()
+
+
 def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
     minion.tell({"slm_database": {"settings": {"max_connections": 120}}})
     minion.call("slmdb_config.apply")

@@ -136,7 +136,7 @@ def test_a_restart_that_fails_leaves_the_server_up(parked):
     conf = parked.call("slmdb_instance.facts")["conf_file"]
     parked.tell(APPROVED)
     with Path(conf).open("a") as stream:
-        stream.write("shared_buffers = '900TB'\n")
+        stream.write("huge_pages = 'on'\n")
     failed = parked.state("slmdb_maintenance.done")
     assert failed.result is False and "restart" not in failed.changes
     assert "Failed: restart: the server did not start" in failed.comment
@@ -144,6 +144,18 @@ def test_a_restart_that_fails_leaves_the_server_up(parked):
         "the server is up" in failed.comment and "Not done: restart, migrations" in failed.comment
     )
     assert parked.call("slmdb_server.available") is True
+
+
+def test_a_restart_that_would_fail_is_not_tried(parked):
+    """What others wrote is not in the last good configuration: the server is left alone."""
+    before = started(parked)
+    statement = "ALTER SYSTEM SET shared_preload_libraries = 'nosuch'"
+    parked.call("slmdb_server.execute", statement)
+    parked.tell(APPROVED)
+    failed = parked.state("slmdb_maintenance.done")
+    assert failed.result is False and "restart" not in failed.changes
+    assert "Failed: restart: not restarted, the server would not start: " in failed.comment
+    assert started(parked) == before
 
 
 def test_migrations_come_after_the_restart(parked, venv):

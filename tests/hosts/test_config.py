@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from tests.functional.test_slmdb_config import UNKNOWN, UNSEEN
 from tests.functional.test_slmdb_config_bad import RULES, SETTINGS
 from tests.support import host_database as database
 from tests.support.host import FORMULA
@@ -66,18 +67,23 @@ def test_after_all_that_the_host_is_healthy_and_a_run_changes_nothing(host):
     assert host.run("ls -A /var/lib/postgresql").stdout.split() == ["17"]
 
 
-@pytest.mark.parametrize("verb", ["restart", "start"])
-def test_a_start_that_fails_all_the_same_goes_back_to_the_last_good_configuration(host, verb):
+@pytest.mark.parametrize(
+    ("verb", "line", "words"),
+    [("restart", UNSEEN, "shared memory"), ("start", UNKNOWN, "nosuch")],
+)
+def test_a_start_that_fails_all_the_same_goes_back_to_the_last_good_configuration(
+    host, verb, line, words
+):
     """Somebody broke our file by hand: the server is up again within 30 s of the failure."""
     conf = "/etc/postgresql/17/main/conf.d/50-autobot-slm.conf"
     good = host.read(conf)
-    host.write(conf, f"{good}shared_preload_libraries = 'nosuch'\n")
+    host.write(conf, f"{good}{line}\n")
     if verb == "start":
         host.run("systemctl stop autobot-slm-database")
-    words = [f"{FORMULA}/bin/salt-call", "--out=json", f"slmdb_lastgood.{verb}"]
-    answer = host.run(words, check=False, timeout=60)
+    command = [f"{FORMULA}/bin/salt-call", "--out=json", f"slmdb_lastgood.{verb}"]
+    answer = host.run(command, check=False, timeout=60)
     assert answer.returncode != 0
-    said = re.search(r"nosuch.*in force again, the server was away for (\d+) s", answer.stderr)
+    said = re.search(rf"{words}.*in force again, the server was away for (\d+) s", answer.stderr)
     assert said, answer.stderr
     assert int(said[1]) < 30
     assert host.read(conf) == good

@@ -104,6 +104,7 @@ def test_a_well_host_has_nothing_said_of_it(judge):
         ("server.role_may_log_in", None, "role autobot_slm does not exist"),
         ("server.role_may_log_in", False, "may not log in"),
         ("access.addresses", ["0.0.0.0", "127.0.0.1", "::1"], "at 0.0.0.0, off loopback"),
+        ("configuration", ["file, line 2: bad"], "configuration: file, line 2: bad"),
         ("access.rule_errors", ["file, line 3: bad"], "access rule: file, line 3: bad"),
         ("access.matrix", [{**MATRIX, "right": False, "key": "line 1"}], "would be admitted"),
         ("secret.problem", "the key is there twice", "secret: the key is there twice"),

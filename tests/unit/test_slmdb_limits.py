@@ -30,6 +30,7 @@ def loaded(monkeypatch):
         ("password_encryption", "MD5"),
         ("ssl_ca_file", "/nowhere"),
         ("zero_damaged_pages", True),
+        ("synchronous_standby_names", "*"),
     ],
 )
 def test_a_broken_promise_names_its_key_and_the_way_out(name, value):
@@ -48,6 +49,7 @@ def test_a_broken_promise_names_its_key_and_the_way_out(name, value):
         {"ssl_ca_file": "etc/passwd"},
         {"password_encryption": "scram-sha-256"},
         {"zero_damaged_pages": "off"},
+        {"synchronous_standby_names": ""},
         {"work_mem": "1GB"},
     ],
 )
@@ -75,10 +77,50 @@ def test_sessions_beyond_the_host_are_named():
     assert "9000 sessions" in limits.memory(rows(max_connections=9000), 4 * GB)["max_connections"]
 
 
-def test_huge_pages_are_counted(monkeypatch):
-    monkeypatch.setattr(limits, "_free_huge_pages", lambda: 10)
-    loaded = rows(shared_memory_size_in_huge_pages=100)
-    assert "100 huge pages are needed" in limits.huge_pages(loaded, "on", 0)
-    assert limits.huge_pages(loaded, "on", 90) is None
-    assert limits.huge_pages(loaded, "try", 0) is None
-    assert limits.huge_pages(rows(), "on", 0) is None
+def kernel(monkeypatch, tmp_path, held=(), **sizes):
+    """A kernel with free and promised huge pages by their size, and what a server holds of them."""
+    for size, numbers in sizes.items():
+        directory = tmp_path / f"hugepages-{size[1:]}"
+        directory.mkdir()
+        for name, number in zip(("free_hugepages", "resv_hugepages"), numbers, strict=True):
+            (directory / name).write_text(f"{number}\n")
+    monkeypatch.setattr(limits, "HUGE_PAGES", str(tmp_path))
+    monkeypatch.setattr(limits, "_usual_huge_page", lambda: 2048)
+    known = {**limits.__salt__, "slmdb_server.available": lambda: bool(held)}
+    rows = [dict(zip(("pages", "size"), held, strict=False))] if held else []
+    monkeypatch.setattr(limits, "__salt__", {**known, "slmdb_server.query": lambda text: rows})
+
+
+def asked(needed, size=0):
+    return rows(shared_memory_size_in_huge_pages=needed, huge_page_size=size)
+
+
+def test_huge_pages_are_counted(monkeypatch, tmp_path):
+    kernel(monkeypatch, tmp_path, _2048kB=(10, 0))
+    said = limits.huge_pages(asked(100), "on")
+    assert "100 huge pages of 2048kB are needed, the kernel has 10 " in said
+    assert limits.huge_pages(asked(10), "on") is None
+    assert limits.huge_pages(asked(100), "try") is None
+    assert limits.huge_pages(rows(), "on") is None
+
+
+def test_promised_huge_pages_are_not_free(monkeypatch, tmp_path):
+    kernel(monkeypatch, tmp_path, _2048kB=(100, 60))
+    assert limits.huge_pages(asked(40), "on") is None
+    assert "the kernel has 40 " in limits.huge_pages(asked(41), "on")
+
+
+def test_huge_pages_of_each_size_are_counted_apart(monkeypatch, tmp_path):
+    kernel(monkeypatch, tmp_path, _2048kB=(1000, 0), _1048576kB=(2, 0))
+    assert limits.huge_pages(asked(2, 1048576), "on") is None
+    assert "the kernel has 2 " in limits.huge_pages(asked(3, 1048576), "on")
+    assert "the kernel has 0 " in limits.huge_pages(asked(1, 16384), "on")
+
+
+@pytest.mark.parametrize(("size", "there"), [(0, 95), (2048, 95), (1048576, 5)])
+def test_what_the_server_gives_back_counts_if_it_is_of_that_size(
+    monkeypatch, tmp_path, size, there
+):
+    kernel(monkeypatch, tmp_path, held=(90, size), _2048kB=(5, 0))
+    assert limits.huge_pages(asked(there), "on") is None
+    assert f"the kernel has {there} " in limits.huge_pages(asked(there + 1), "on")

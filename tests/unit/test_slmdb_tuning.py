@@ -85,4 +85,5 @@ def test_a_few_per_cent_of_memory_change_nothing(told, now, used):
 
 def test_memory_from_pillar_is_taken_as_it_is(told):
     told(16000, pillar="8 GB")
-    assert tuning.host("/nowhere/yet", 16000)["memory"] == 8192 * MB
+    found = tuning.host("/nowhere/yet", 16000)
+    assert (found["memory"], found["real"]) == (8192 * MB, 16000 * MB)

@@ -1,0 +1,132 @@
+"""
+The configuration's files and the running server: whether it has read them, what it says of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
+__virtualname__ = "slmdb_config_file"
+
+PATIENCE = 15
+
+# A setting that waits for a restart is listed there as one that could not be applied.
+ERRORS = """
+SELECT f.name, f.error, f.sourcefile AS file, f.sourceline AS line,
+       s.context IS NOT NULL AS known
+  FROM pg_file_settings f LEFT JOIN pg_settings s USING (name)
+ WHERE f.error IS NOT NULL
+   AND (s.context = 'postmaster' AND f.error = 'setting could not be applied') IS NOT TRUE
+ ORDER BY f.seqno
+"""
+
+
+def __virtual__() -> str:
+    return __virtualname__
+
+
+def errors() -> list[dict[str, Any]]:
+    """
+    Return the errors that the server finds in its files, whoever wrote them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config_file.errors
+
+    Returns ``name``, ``error``, ``file``, ``line`` and ``known`` (whether the server has such a
+    setting) for each; empty if there is none. Raises CommandExecutionError if the server does not
+    answer.
+    """
+    return __salt__["slmdb_server.query"](ERRORS)
+
+
+def lines() -> list[str]:
+    """
+    Say what the server has against its files, one line each with file and line.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config_file.lines
+
+    Returns lines; empty if there is nothing. Raises as ``errors`` does.
+    """
+    found = []
+    for row in errors():
+        said = f"{row['name']}: {row['error']}" if row["name"] else row["error"]
+        found.append(f"{row['file']}, line {row['line']}: {said}")
+    return found
+
+
+def unread(paths: list[str]) -> bool:
+    """
+    Tell whether a running server has not read its configuration since a file of it was written.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config_file.unread '[/etc/postgresql/15/main/pg_hba.conf]'
+
+    paths
+        The files.
+
+    Returns false if no server runs.
+    """
+    if not __salt__["slmdb_server.available"]():
+        return False
+    newest = max((os.stat(path).st_mtime for path in paths if os.path.exists(path)), default=0)
+    return _load_time() < newest
+
+
+def _load_time() -> float:
+    rows = __salt__["slmdb_server.query"](
+        "SELECT extract(epoch FROM pg_conf_load_time())::float AS at"
+    )
+    return rows[0]["at"]
+
+
+def load(paths: list[str], written: bool = False) -> None:
+    """
+    Let the running server read its configuration again, and wait until it has.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config_file.load '[/etc/postgresql/15/main/pg_hba.conf]'
+
+    paths
+        Files whose present content must have been read.
+    written
+        Whether they were written just now: then they are read, whatever the clock says.
+
+    Raises CommandExecutionError if the server does not read them within 15 s.
+    """
+    _not_later(paths)
+    before = _load_time() if written else None
+    deadline = time.monotonic() + PATIENCE
+    again = 0.0
+    while unread(paths) or (written and _load_time() == before):
+        if time.monotonic() > deadline:
+            raise CommandExecutionError("the server did not read its configuration again")
+        if time.monotonic() >= again:
+            __salt__["slmdb_service.reload"]()
+            again = time.monotonic() + 2
+        time.sleep(0.05)
+    # A session that is older than the reload keeps some settings (log_connections, say) for life.
+    __salt__["slmdb_server.forget"]()
+
+
+def _not_later(paths: list[str]) -> None:
+    """A file of before the clock was set back would look unread for as long."""
+    for path in paths:
+        if os.path.exists(path) and os.stat(path).st_mtime > time.time():
+            os.utime(path)
