@@ -107,7 +107,8 @@ def test_backups_are_made_and_listed(ready):
     info = ready.call("slmdb_backup.info")
     assert info["encrypted"] is True and info["running"] is False
     assert info["backups"] == 2 and info["newest"]["label"] == second["label"]
-    assert info["earliest"] == first["stopped"]
+    assert info["earliest"] > first["stopped"]
+    assert ready.call("slmdb_restore.plan", time=info["earliest"])["label"] == first["label"]
     assert info["last_wal"] >= second["wal"][1]
 
 
