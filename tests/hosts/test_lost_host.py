@@ -26,6 +26,11 @@ GUIDE = documents.CHECKOUT / "docs/backup.md"
 COMMAND = "bin/recover /root/slm-copy.age /root/identity.txt"
 
 
+@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+def release(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def key_pair(tmp_path_factory):
     """The secret key that never was on the host, and the public one."""
@@ -36,13 +41,13 @@ def key_pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lost(boot, key_pair, tmp_path_factory):
+def lost(boot, key_pair, tmp_path_factory, release):
     """A host in use: backed up, copied, written to until the plug is pulled; what is left of it."""
     kept = tmp_path_factory.mktemp("kept")
     second = {"type": "path", "path": REPOSITORY}
     backup = {"copy": {"recipients": [key_pair[1]]}, "second": second}
     settings = {"port": 5444, "backup": backup, "health": {"timeout": 15}}
-    host = boot(hosts.prepared("bookworm"))
+    host = boot(hosts.prepared(release))
     try:
         host.push_formula()
         host.write("/srv/pillar/top.sls", "base: {'*': [slm_database]}\n")
@@ -66,9 +71,9 @@ def lost(boot, key_pair, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def host(boot, lost, key_pair):
+def host(boot, lost, key_pair, release):
     """A bare Debian that got the repository, the copy and the secret key; no Salt, no pillar."""
-    made = boot([image.bare("bookworm")])
+    made = boot([image.bare(release)])
     made.push_formula()
     made.run(f"mkdir -p {REPOSITORY}")
     kept = lost["kept"]
