@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
-from tests.support import backups
+from tests.support import backend, backups
 from tests.support import world as worlds
 
+APPROVED = {"maintenance": {"approve": True}}
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 OFF = {"slm_database": {"backup": {"enabled": False}}}
 STATES = ("slmdb_backup.configured", "slmdb_backup.present", "slmdb_backup.scheduled")
@@ -252,3 +255,32 @@ def test_a_maintenance_makes_a_backup_first(bare, minions):
     assert done.result is True, done.comment
     (made,) = minion.call("slmdb_backup.list")
     assert done.comment.index(f"backup: {made['label']}") < done.comment.index("restart: ")
+
+
+@pytest.fixture
+def venv():
+    """Made before the world is fresh."""
+    return backend.venv()
+
+
+@pytest.mark.once
+def test_a_migration_s_restore_point_brings_back_what_was_before(venv, bare, minions):
+    """It comes after the backup that the migration makes; a later backup is not in its way."""
+    minion = minions(backups.PILLAR)
+    assert all(one["result"] for one in minion.call("state.apply", "slm_database").raw.values())
+    minion.tell({"slm_database": {**backups.PILLAR["slm_database"], **APPROVED}})
+    backend.deploy(venv)
+    try:
+        done = minion.state("slmdb_migration.applied")
+        assert done.result is True, done.comment
+        point = re.search(r"Restore point: ([\w-]+)", done.comment)[1]
+        minion.call("slmdb_backup.create")
+        copied = minion.call("slmdb_backup.restore", restore_point=point)
+    finally:
+        backend.remove()
+    connection = minion.call("slmdb_server.connect", "autobot_slm", port=copied["port"])
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute("SELECT to_regclass('nodes'), to_regclass('alembic_version')")
+        before, after = cursor.fetchone()
+    assert (before, after) == ("nodes", None)
+    subprocess.run(copied["remove"], shell=True, check=True)
