@@ -72,10 +72,7 @@ class _Server:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self.kept.info.backend_pid, 19)
         with self.kept.cursor() as cursor:
-            cursor.execute(
-                "SET lock_timeout = '2s'; SET statement_timeout = 0; "
-                "SET max_parallel_workers_per_gather = 0"
-            )
+            cursor.execute("SET lock_timeout = '2s'; SET max_parallel_workers_per_gather = 0")
 
     def ask(self, statement: Any, values: Any = None, database: str = "postgres") -> list[dict]:
         try:
@@ -303,7 +300,7 @@ def check(**where: Any) -> list[str]:
     words = [f"{found['bin_directory']}/pg_amcheck", "--all", "--install-missing"]
     words += ["--heapallindexed", "--parent-check", "--no-password", "-U", found["user"]]
     words += ["-h", str(where["host"]), "-p", str(where["port"])]
-    environment = {"PGOPTIONS": str(where.get("options", ""))}
+    environment = {"PGOPTIONS": __salt__["slmdb_server.options"]()}
     listen = __salt__["slmdb_program.listen"]
     status, output, errors = listen(*words, as_server=True, environment=environment)
     if not status:

@@ -265,18 +265,13 @@ def _drill(directory: str, answer: dict[str, Any]) -> list[str]:
 
 
 def _chosen(number: int) -> dict[str, Any]:
-    way, leads = __salt__["slmdb_timeline.branch"](), __salt__["slmdb_timeline.leads"]
     rows = [row for row in __salt__["slmdb_backup.list"]() if row["repository"] == number]
     if not rows:
         raise CommandExecutionError(
             f"there is no backup in repository {number} yet; slmdb_backup.create makes one"
         )
-    rows = [row for row in rows if leads(row, way)]
-    if not rows:
-        raise CommandExecutionError(
-            f"no backup in repository {number} leads to what was restored in place; "
-            "slmdb_backup.create makes one"
-        )
+    way = __salt__["slmdb_timeline.branch"]()
+    rows = __salt__["slmdb_timeline.leading"](rows, way, f" in repository {number}")
     newest = max(rows, key=lambda row: (row["stopped"], row["label"]))
     found = {"label": newest["label"], "repository": number, "bytes": newest["database_bytes"]}
     return {**found, "options": [f"--set={newest['label']}"]}

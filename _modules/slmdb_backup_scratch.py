@@ -22,38 +22,13 @@ __virtualname__ = "slmdb_backup_scratch"
 NAME = ".autobot-slm-drill"
 SOCKETS = "/run/autobot-slm-drill"
 PORT = 5432
-UNBOUND = {
-    "statement_timeout": "0",
-    "lock_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-    "default_transaction_read_only": "off",
-}
 PROGRAMS = ("postgres", "pgbackrest")
-# What must not touch anything outside, or wait for it.
+# Besides what no server on restored files may do.
 OWN = {
-    "config_file": "{0}/postgresql.conf",
-    "hba_file": "{0}/pg_hba.conf",
-    "ident_file": "{0}/pg_ident.conf",
-    "external_pid_file": "",
-    "unix_socket_directories": SOCKETS,
-    "unix_socket_permissions": "0700",
-    "unix_socket_group": "",
-    "listen_addresses": "",
     "port": str(PORT),
-    "ssl": "off",
     "archive_mode": "off",
-    "archive_command": "",
-    "primary_conninfo": "",
-    "synchronous_standby_names": "",
-    "max_logical_replication_workers": "0",
-    "session_preload_libraries": "",
     "default_transaction_read_only": "off",
-    "autovacuum": "off",
     "shared_buffers": "64MB",
-    "huge_pages": "off",
-    "logging_collector": "off",
-    "log_destination": "stderr",
-    "lc_messages": "C",
     "cluster_name": "drill",
 }
 
@@ -94,11 +69,8 @@ def where() -> dict[str, Any]:
     .. code-block:: bash
 
         salt-call slmdb_backup_scratch.where
-
-    What a database or a role sets for its sessions must not end what reads the copy.
     """
-    free = " ".join(f"-c {name}={value}" for name, value in UNBOUND.items())
-    return {"host": SOCKETS, "port": PORT, "options": free}
+    return {"host": SOCKETS, "port": PORT}
 
 
 def processes(directory: str) -> list[int]:
@@ -266,29 +238,21 @@ def start(directory: str, chosen: dict[str, Any], preload: str) -> subprocess.Po
 
     Returns the process. Raises ``CommandExecutionError`` if it cannot be started.
     """
-    found = __salt__["slmdb_instance.facts"]()
-    user = found["user"]
-    for name, text in (
-        ("postgresql.conf", ""),
-        ("pg_hba.conf", "local all all trust\n"),
-        ("pg_ident.conf", ""),
-        ("log", ""),
-    ):
-        __salt__["slmdb_file.write"](f"{directory}/{name}", text, user, user, "0600")
-    settings = _settings(directory, chosen, preload, int(found["version"]))
+    settings = {
+        **__salt__["slmdb_replay.isolated"](directory, SOCKETS),
+        **_settings(directory, chosen, preload),
+    }
     before = isolation(chosen["repository"])
     return __salt__["slmdb_replay.start"](f"{directory}/data", f"{directory}/log", settings, before)
 
 
-def _settings(directory: str, chosen: dict[str, Any], preload: str, version: int) -> dict[str, str]:
-    """On the command line, so that no file of the copy has another word."""
+def _settings(directory: str, chosen: dict[str, Any], preload: str) -> dict[str, str]:
     line, data = __salt__["slmdb_pgbackrest.line"], f"{directory}/data"
     fetch = ["--log-level-file=off", f"--pg1-path={data}", f"--repo={chosen['repository']}"]
-    settings = {name: value.format(directory) for name, value in OWN.items()}
-    settings.update(__salt__["slmdb_restore.limits"](data))
+    settings = {**OWN, **__salt__["slmdb_restore.limits"](data)}
     settings["shared_preload_libraries"] = preload
     settings["restore_command"] = " ".join([*line("archive-get", *fetch), "%f", '"%p"'])
-    if version >= 17:
+    if int(__salt__["slmdb_instance.facts"]()["version"]) >= 17:
         settings["event_triggers"] = "off"
     return settings
 

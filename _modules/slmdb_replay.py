@@ -19,8 +19,7 @@ from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_replay"
 
-# What must not touch anything outside, or wait for it; what it writes is archived by whoever starts
-# on these files afterwards.
+# What must not touch anything outside, or wait for it.
 OWN = {
     "external_pid_file": "",
     "unix_socket_permissions": "0700",
@@ -42,7 +41,11 @@ OWN = {
     "cluster_name": "replay",
 }
 STATUS = 7  # the line of postmaster.pid, counted from 0
-FILES = ("postgresql.conf", "pg_hba.conf", "pg_ident.conf")
+FILES = {
+    "config_file": "postgresql.conf",
+    "hba_file": "pg_hba.conf",
+    "ident_file": "pg_ident.conf",
+}
 
 
 def __virtual__() -> str:
@@ -93,6 +96,32 @@ def start(
         raise CommandExecutionError(f"{data}: no server: {err.strerror}") from err
 
 
+def isolated(place: str, sockets: str) -> dict[str, str]:
+    """
+    Write what a server on restored files needs beside them, so that it touches nothing else.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_restore.plan
+
+    place
+        A directory of the server's user, for its configuration and its log.
+    sockets
+        The directory of its socket.
+
+    Returns the settings for ``start``. Raises ``CommandExecutionError`` if a file cannot be
+    written.
+    """
+    user = __salt__["slmdb_instance.facts"]()["user"]
+    for name in (*FILES.values(), "log"):
+        text = "local all all trust\n" if name == FILES["hba_file"] else ""
+        __salt__["slmdb_file.write"](f"{place}/{name}", text, user, user, "0600")
+    files = {setting: f"{place}/{name}" for setting, name in FILES.items()}
+    return {**OWN, **files, "unix_socket_directories": sockets}
+
+
 @contextlib.contextmanager
 def _place() -> Iterator[str]:
     """A directory for what a server needs beside its data; nobody else looks into it."""
@@ -100,9 +129,6 @@ def _place() -> Iterator[str]:
     place = tempfile.mkdtemp(prefix="autobot-slm-replay-", dir="/run")
     try:
         shutil.chown(place, user, user)
-        for name in (*FILES, "log"):
-            text = "local all all trust\n" if name == "pg_hba.conf" else ""
-            __salt__["slmdb_file.write"](f"{place}/{name}", text, user, user, "0600")
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -125,13 +151,10 @@ def run(data: str) -> None:
     """
     with _place() as place:
         settings = {
-            **OWN,
+            **isolated(place, place),
             **__salt__["slmdb_restore.limits"](data),
-            "config_file": f"{place}/postgresql.conf",
-            "hba_file": f"{place}/pg_hba.conf",
-            "ident_file": f"{place}/pg_ident.conf",
-            "unix_socket_directories": place,
             "hot_standby": "off",
+            # Not archived here: by whoever starts on these files afterwards.
             "archive_mode": "on",
         }
         server = start(data, f"{place}/log", settings)

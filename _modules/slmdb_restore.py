@@ -99,7 +99,7 @@ def plan(
     else:
         way = __salt__["slmdb_timeline.branch"]()
         target, options = "the end of the archived WAL", []
-        chosen = _newest(_leading(rows, way))
+        chosen = _newest(__salt__["slmdb_timeline.leading"](rows, way))
     timeline = __salt__["slmdb_timeline.options"](way["timeline"], way["latest"])
     return {
         "target": target,
@@ -127,9 +127,10 @@ def _to_point(rows: list[dict[str, Any]], name: str, label: str | None) -> _Way:
 def _to_backup(rows: list[dict[str, Any]], label: str) -> _Way:
     """On the timeline that it was made on."""
     chosen, way = _labelled(rows, label), __salt__["slmdb_timeline.branch"]()
+    own = __salt__["slmdb_timeline.own"](chosen)
     options = ["--type=immediate", "--target-action=promote"]
     # With this type pgBackRest takes the timeline only in PostgreSQL's own words.
-    options.append(f"--recovery-option=recovery_target_timeline={int(chosen['wal'][0][:8], 16)}")
+    options.append(f"--recovery-option=recovery_target_timeline={own}")
     return f"backup {label}", options, chosen, {**way, "latest": True}
 
 
@@ -165,16 +166,6 @@ def _newest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(recent, key=lambda row: (-row["repository"], row["stopped"], row["label"]))
 
 
-def _leading(rows: list[dict[str, Any]], way: dict[str, Any]) -> list[dict[str, Any]]:
-    """The backups that lead to a timeline."""
-    leading = [row for row in rows if __salt__["slmdb_timeline.leads"](row, way)]
-    if not leading:
-        raise CommandExecutionError(
-            "no backup leads to what was restored in place; slmdb_backup.create makes one"
-        )
-    return leading
-
-
 def _complete(row: dict[str, Any]) -> datetime:
     """From when on a backup can be restored; pgBackRest leaves the parts of a second out."""
     return _utc(row["stopped"]) + timedelta(seconds=1)
@@ -191,7 +182,9 @@ def _before(
             f"time: {moment.isoformat()} cannot be reached; "
             f"from {earliest.isoformat()} to {now.isoformat(timespec='seconds')} can"
         )
-    fitting = _leading([row for row in rows if _complete(row) <= moment], way)
+    fitting = __salt__["slmdb_timeline.leading"](
+        [row for row in rows if _complete(row) <= moment], way
+    )
     if label is None:
         return _newest(fitting)
     if label not in [row["label"] for row in fitting]:
@@ -208,7 +201,7 @@ def _before_point(
     """The backup to look for a restore point from: our own names begin with their moment."""
     if label is not None:
         return _labelled(rows, label)
-    leading = _leading(rows, way)
+    leading = __salt__["slmdb_timeline.leading"](rows, way)
     with contextlib.suppress(ValueError):
         made = datetime.strptime(name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
         leading = [row for row in leading if _utc(row["stopped"]) <= made] or leading

@@ -62,7 +62,17 @@ def _line(err: Exception) -> str:
     return type(err).__name__
 
 
-def _options(major: int) -> str:
+def options() -> str:
+    """
+    Return libpq's options for a session that nobody's timeouts end, and that may write.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.options
+    """
+    major = int(__salt__["slmdb_instance.facts"]()["version"])
     names = {**_UNHURRIED, **({"transaction_timeout": "0"} if major >= 17 else {})}
     return " ".join(f"-c {name}={value}" for name, value in names.items())
 
@@ -113,7 +123,7 @@ def connect(database: str = USER, **overrides: Any) -> Any:
         "application_name": "slmdb",
         "connect_timeout": TIMEOUT,
         "client_encoding": "UTF8",
-        "options": _options(int(found["version"])) if ours else "",
+        "options": options() if ours else "",
         **overrides,
     }
     try:

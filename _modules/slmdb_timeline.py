@@ -76,15 +76,26 @@ def _parents(row: dict[str, Any]) -> dict[int, int]:
     return parents(__salt__["slmdb_pgbackrest.run"]("repo-get", *options))
 
 
-def _own(row: dict[str, Any]) -> int:
-    """The timeline on which a backup was made."""
+def own(row: dict[str, Any]) -> int:
+    """
+    Return the timeline on which a backup was made.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_timeline.own '{"wal": ["000000010000000000000003"]}'
+
+    row
+        The backup, as ``slmdb_backup.list`` has it.
+    """
     return int(row["wal"][0][:8], 16)
 
 
 def _not_after(known: dict[int, dict[str, Any]], rows: list[dict[str, Any]]) -> None:
     """A repository that was copied says when; its backups say more."""
     for row in rows:
-        timeline = known.get(_own(row))
+        timeline = known.get(own(row))
         if timeline:
             started = datetime.fromisoformat(row["started"].replace("Z", "+00:00")).timestamp()
             timeline["began"] = min(timeline["began"], started)
@@ -126,9 +137,11 @@ def branch(moment: float | None = None, rows: list[dict[str, Any]] | None = None
     return {"timeline": first, "parents": {}, "latest": False}
 
 
-def leads(row: dict[str, Any], way: dict[str, Any]) -> bool:
+def leading(
+    rows: list[dict[str, Any]], way: dict[str, Any], where: str = ""
+) -> list[dict[str, Any]]:
     """
-    Tell whether a restore of a backup can get to a timeline.
+    Return the backups whose restore can get to a timeline.
 
     CLI Example:
 
@@ -136,15 +149,27 @@ def leads(row: dict[str, Any], way: dict[str, Any]) -> bool:
 
         salt-call slmdb_restore.plan
 
-    row
-        The backup, as ``slmdb_backup.list`` has it.
+    rows
+        Backups, as ``slmdb_backup.list`` has them.
     way
         The timeline, as ``branch`` has it.
+    where
+        Which backups these are, in words that begin with a space.
+
+    Raises ``CommandExecutionError`` if there is none.
     """
-    own = _own(row)
-    if way["timeline"] in (None, own):
+    found = [row for row in rows if _leads(row, way)]
+    if not found:
+        raise CommandExecutionError(
+            f"no backup{where} leads to what was restored in place; slmdb_backup.create makes one"
+        )
+    return found
+
+
+def _leads(row: dict[str, Any], way: dict[str, Any]) -> bool:
+    if way["timeline"] in (None, own(row)):
         return True
-    left = way["parents"].get(own)
+    left = way["parents"].get(own(row))
     return left is not None and position(row["lsn"]) <= left
 
 
