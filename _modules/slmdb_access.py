@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pwd
-import secrets
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -476,6 +475,8 @@ def _as(account: pwd.struct_passwd, login: dict[str, Any]) -> str | None:
 
 
 def _refused() -> list[str]:
+    import secrets  # a report never needs it
+
     settings = _settings()
     made_up = secrets.token_urlsafe(24)
     tcp = {"host": LOOPBACK[0], "password": made_up}

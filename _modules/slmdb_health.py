@@ -360,7 +360,10 @@ def report(timeout: float | None = None) -> dict[str, Any]:
     found = parts.get("instance", __salt__["slmdb_instance.facts"]) if settings else None
     if settings and found:
         moment = begun + _seconds(timeout, settings)
+        __context__["slmdb_facts"] = found
         parts.get("report", _fill, answer, parts, settings, found, moment)
+        for kept in ("slmdb_facts", "slmdb_units"):
+            __context__.pop(kept, None)
         for judge, *told in (
             ("slmdb_health_verdict.judge", answer, settings),
             ("slmdb_backup_health.judge", answer["backup"], settings["backup"], time.time()),
@@ -400,7 +403,6 @@ def _fill(
         answer["migration"] = parts.get(
             "migration", __salt__["slmdb_migration.revision"], left, default={}
         )
-    __context__.pop("slmdb_units", None)
     answer["server"] = _server(found, isready, unit, row)
     answer["capacity"] = _capacity(found, row, inside)
     backup = __salt__["slmdb_backup_health.facts"]

@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import re
 import socket
+import struct
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -21,6 +23,9 @@ FOR_THE_APPLICATION = {"*", "0.0.0.0", "127.0.0.1", "localhost"}
 CONFIGURATION = "/etc/postgresql"
 DATA = "/var/lib/postgresql"
 SOCKETS = "/var/run/postgresql"
+# linux/netlink.h, linux/sock_diag.h, net/tcp_states.h
+NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, DUMP = 4, 20, 0x301
+NLMSG_ERROR, NLMSG_DONE, TCP_LISTEN = 2, 3, 10
 _SETTING = re.compile(
     r"^[ \t]*(data_directory|hba_file|ident_file|port)[ \t]*[= \t][ \t]*('(?:[^'\n]|'')*'|[^\s#]+)",
     re.IGNORECASE | re.MULTILINE,
@@ -142,7 +147,13 @@ def facts() -> dict[str, Any]:
     ``config_directory``, ``data_directory``, ``bin_directory``, ``socket_directory``, the files
     ``config_file``, ``hba_file``, ``ident_file``, ``conf_file``, and ``unit``, ``systemd``,
     ``user``. Raises ``CommandExecutionError`` if the major cannot be told.
+
+    A report looks once and keeps this in ``__context__["slmdb_facts"]`` while it is made.
     """
+    return dict(__context__.get("slmdb_facts") or _found())
+
+
+def _found() -> dict[str, Any]:
     major = version()
     configuration = f"{CONFIGURATION}/{major}/{NAME}"
     config_file = f"{configuration}/postgresql.conf"
@@ -199,7 +210,44 @@ def system_identifier(data_directory: str | None = None) -> int | None:
 
 def _listeners(port: int) -> list[str]:
     """The local addresses on which anything listens at a TCP port, from the kernel."""
-    found = []
+    try:
+        return [address for at, address in _listening() if at == port]
+    except OSError:  # a kernel without sock_diag
+        return [address for at, address in _listed() if at == port]
+
+
+def _listening() -> Iterator[tuple[int, str]]:
+    """
+    Ask the kernel for its listening sockets alone, as ss does, since its text lists go through
+    every bucket of a table for all the connections there could be. Source: sock_diag(7).
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
+        kernel.settimeout(1)
+        for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+            asked = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, 1 << TCP_LISTEN)
+            head = struct.pack("=IHHII", 16 + len(asked), SOCK_DIAG_BY_FAMILY, DUMP, 0, 0)
+            kernel.send(head + asked)
+            for body in _messages(kernel):
+                (at,) = struct.unpack_from(">H", body, 4)
+                yield at, socket.inet_ntop(family, body[8 : 8 + size])
+
+
+def _messages(kernel: socket.socket) -> Iterator[bytes]:
+    """The bodies of an answer's messages. Source: netlink(7)."""
+    while data := kernel.recv(65536):
+        while data:
+            length, kind = struct.unpack_from("=IH", data)
+            if kind == NLMSG_ERROR:
+                (error,) = struct.unpack_from("=i", data, 16)
+                raise OSError(-error, os.strerror(-error))
+            if kind == NLMSG_DONE:
+                return
+            yield data[16:length]
+            data = data[(length + 3) & ~3 :]
+
+
+def _listed() -> Iterator[tuple[int, str]]:
+    """Read the listening sockets from the kernel's text lists."""
     for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
         try:
             with open(path, encoding="ascii") as stream:
@@ -208,9 +256,8 @@ def _listeners(port: int) -> list[str]:
             continue
         for row in rows:
             address, _, number = row[1].partition(":")
-            if row[3] == "0A" and int(number, 16) == port:
-                found.append(_address(address, family))
-    return found
+            if int(row[3], 16) == TCP_LISTEN:
+                yield int(number, 16), _address(address, family)
 
 
 def _address(text: str, family: int) -> str:

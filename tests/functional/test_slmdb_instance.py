@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 from pathlib import Path
@@ -119,6 +120,19 @@ def test_a_port_held_by_another_program_is_named(host, address):
     assert result.result is False
     assert "slm_database:port: 5432 is held by another program" in str(result.comment)
     assert host.state("slmdb_instance.port_available").result is True
+
+
+@pytest.mark.parametrize("sock_diag", [True, False])
+def test_the_kernel_says_who_listens(host, monkeypatch, sock_diag):
+    """Listeners at that port alone, no connections; the same of a kernel without sock_diag."""
+    with contextlib.ExitStack() as held:
+        for address, port in (("127.0.0.1", 5432), ("127.0.0.2", 5432), ("127.0.0.1", 5433)):
+            held.enter_context(socket.create_server((address, port)))
+        held.enter_context(socket.create_server(("::", 5432), family=socket.AF_INET6))
+        held.enter_context(socket.create_connection(("127.0.0.1", 5432)))
+        if not sock_diag:
+            monkeypatch.setattr(socket, "AF_NETLINK", -1)
+        assert host.call("slmdb_instance.listens") == ["127.0.0.1", "127.0.0.2", "::"]
 
 
 def test_our_own_server_does_not_hold_its_port_against_us(server):
