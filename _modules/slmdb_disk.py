@@ -130,7 +130,9 @@ def within(seconds: float, path: str, function: Callable, *arguments: Any) -> An
 
 def _mount(path: str) -> str:
     """Where what a path is on is mounted, told from the paths alone: none of them is touched."""
-    return max((at for at in mount_points() if f"{path}/".startswith(f"{at}/")), key=len, default="")
+    return max(
+        (at for at in mount_points() if f"{path}/".startswith(f"{at}/")), key=len, default=""
+    )
 
 
 def _tell(writer: int, function: Callable, *arguments: Any) -> NoReturn:
