@@ -59,9 +59,16 @@ def differences() -> dict[str, dict[str, Any]]:
     changes = _file_differences(found)
     if changes:
         _refuse(problems())
-    elif found["running"] and __salt__["slmdb_config_file.unread"](list(_wanted(found))):
+    elif _unread(found):
         changes["reload"] = {"old": "not read by the server", "new": "read"}
     return changes
+
+
+def _unread(found: dict[str, Any]) -> bool:
+    """Whether the server has other rules than the files; the wanted ones would let us in."""
+    if __salt__["slmdb_server.refused"]():
+        return True
+    return __salt__["slmdb_config_file.unread"](list(_wanted(found)))
 
 
 def _file_differences(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -195,7 +202,7 @@ def apply() -> None:
                 if data is not None:
                     _write(found, path, data)
             _refuse(refused)
-    if alive:
+    if alive or __salt__["slmdb_server.refused"]():
         __salt__["slmdb_config_file.load"](list(wanted), written)
 
 
@@ -428,7 +435,7 @@ def _admitted() -> list[str]:
         lines.append(f"the application over the socket: refused ({socket})")
     password = __salt__["slmdb_secret.login"]()
     if password is not True:
-        lines.append("the application over 127.0.0.1 with the password: refused")
+        lines.append(f"the application over 127.0.0.1 with the password: refused ({password})")
     return lines
 
 

@@ -237,7 +237,7 @@ def _loaded() -> dict[str, dict[str, Any]]:
         "SELECT name, setting, unit, vartype, context, source, sourcefile, pending_restart, "
         "current_setting(name, true) AS shown FROM pg_settings"
     )
-    return {row["name"]: row for row in rows}
+    return {row["name"].lower(): row for row in rows}  # TimeZone, DateStyle
 
 
 def differences() -> dict[str, dict[str, Any]]:
@@ -435,8 +435,9 @@ def foreign() -> list[dict[str, Any]]:
     if not __salt__["slmdb_server.available"]():
         return []
     rows = __salt__["slmdb_server.query"](
-        "SELECT DISTINCT ON (name) name, setting AS value, sourcefile AS file, sourceline AS line "
-        "FROM pg_file_settings ORDER BY name, seqno DESC"
+        "SELECT DISTINCT ON (lower(name)) lower(name) AS name, setting AS value, "
+        "sourcefile AS file, sourceline AS line FROM pg_file_settings "
+        "ORDER BY lower(name), seqno DESC"
     )
     settings, own = wanted(), _facts()["conf_file"]
     found = [row for row in rows if row["name"] in settings and row["file"] != own]

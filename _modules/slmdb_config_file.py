@@ -108,15 +108,18 @@ def load(paths: list[str], written: bool = False) -> None:
     written
         Whether they were written just now: then they are read, whatever the clock says.
 
-    Raises CommandExecutionError if the server does not read them within 15 s.
+    A server that keeps us out has to read them, too. Raises CommandExecutionError if it does not
+    within 15 s.
     """
     _not_later(paths)
-    before = _load_time() if written else None
+    refused = __salt__["slmdb_server.refused"]
+    before = _load_time() if written and not refused() else None
     deadline = time.monotonic() + PATIENCE
     again = 0.0
-    while unread(paths) or (written and _load_time() == before):
+    while (words := refused()) or unread(paths) or (before and _load_time() == before):
         if time.monotonic() > deadline:
-            raise CommandExecutionError("the server did not read its configuration again")
+            reason = f": it does not let us in: {words}" if words else ""
+            raise CommandExecutionError(f"the server did not read its configuration again{reason}")
         if time.monotonic() >= again:
             __salt__["slmdb_service.reload"]()
             again = time.monotonic() + 2

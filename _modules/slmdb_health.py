@@ -32,6 +32,8 @@ SELECT current_setting('server_version') AS version,
                'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS started,
        pg_is_in_recovery() AS in_recovery,
        current_setting('max_connections')::int AS allowed,
+       current_setting('superuser_reserved_connections')::int
+       + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
        (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS used,
        (SELECT max(age(datfrozenxid)) FROM pg_database) AS transaction_id_age,
        (SELECT sum(checksum_failures)::bigint FROM pg_stat_database) AS checksum_failures,
@@ -272,7 +274,7 @@ def missing_tables(tables: list[str], database: str) -> list[str]:
 def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, Any]) -> dict:
     data = found["data_directory"]
     return {
-        "connections": {"used": server.get("used"), "allowed": server.get("allowed")},
+        "connections": {name: server.get(name) for name in ("used", "allowed", "reserved")},
         "database_bytes": inside.get("bytes"),
         "database_bytes_left_out": bool(inside) and inside.get("bytes") is None,
         "disk": {"data": _disk(data), "wal": _disk(os.path.join(data, "pg_wal"))},

@@ -59,6 +59,8 @@ def _server(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
         return
     if ready["retcode"] != 0:
         yield f"the server does not accept connections: {ready['line'] or 'no answer'}"
+    elif not server["running"]:
+        yield f"the instance does not run; another server answers at {ready['line']}"
     state = unit.get("state", "")
     if state not in ("active", "") and not state.startswith("skipped"):
         yield f"the unit {unit['name']} is {state}"
@@ -188,9 +190,7 @@ def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         if disk and disk["free_percent"] < DISK_WARNING:
             grave = disk["free_percent"] < DISK_PROBLEM
             yield grave, f"the disk of {what} ({disk['path']}) has {disk['free_percent']} % free"
-    connections = capacity.get("connections") or {}
-    if connections.get("used") is not None and connections["used"] > BUSY * connections["allowed"]:
-        yield False, f"{connections['used']} of {connections['allowed']} connections are used"
+    yield from _connections(capacity.get("connections") or {})
     oldest = capacity.get("oldest_transaction")
     if oldest and oldest["seconds"] > OLD_TRANSACTION:
         yield (
@@ -206,6 +206,18 @@ def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield age > AGE_PROBLEM, f"the oldest transaction id is {age} old; vacuum does not keep up"
     if capacity.get("checksum_failures"):
         yield True, f"data checksums failed {capacity['checksum_failures']} times"
+
+
+def _connections(seen: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Those that are kept for superusers are none for the application; one is the report's own."""
+    if seen.get("used") is None:
+        return
+    others, open_to_all = seen["used"] - 1, seen["allowed"] - seen["reserved"]
+    words = f"{others} of the {open_to_all} connections that all may use are used"
+    if others >= open_to_all:
+        yield True, f"{words}: nobody else gets in; see pg_stat_activity for who holds them"
+    elif others > BUSY * open_to_all:
+        yield False, words
 
 
 def _tables(report: dict[str, Any]) -> Iterator[str]:

@@ -293,7 +293,8 @@ def _ask(
         with contextlib.closing(connection):
             connection.autocommit = True
             _rows(connection, "CREATE ROLE rehearsal LOGIN")
-            answer["settings"] = {row["name"]: row for row in _rows(connection, _ALL_SETTINGS)}
+            rows = _rows(connection, _ALL_SETTINGS)
+            answer["settings"] = {row["name"].lower(): row for row in rows}  # TimeZone, DateStyle
             if hba is not None:
                 _put(f"{directory}/hba.new", hba)
                 os.replace(f"{directory}/hba.new", f"{directory}/hba")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import select
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ __virtualname__ = "slmdb_server"
 
 USER = "postgres"
 TIMEOUT = 10
+# The server's words for a login that its rules refuse, in any of the languages it speaks.
+_KEPT_OUT = re.compile(r"pg_hba\.conf|authenti|autenti|password", re.IGNORECASE)
 # What is set for the sessions of others must not end ours, least of all the one that corrects it.
 _UNHURRIED = {
     "statement_timeout": "0",
@@ -129,7 +132,7 @@ def connect(database: str = USER, **overrides: Any) -> Any:
     try:
         return driver.connect(**parameters)
     except driver.OperationalError as first:
-        if os.geteuid() != 0 or "authentication failed" not in str(first).lower():
+        if os.geteuid() != 0 or not _KEPT_OUT.search(str(first)):
             raise CommandExecutionError(_line(first)) from None
     try:
         with _as_server_user():
@@ -281,3 +284,25 @@ def available() -> bool:
     except CommandExecutionError:
         return False
     return True
+
+
+def refused() -> str | None:
+    """
+    Say why a server that runs does not let us in, where its own rules are the reason.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.refused
+
+    Returns the server's words, or ``None``: it lets us in, does not run or does not answer. Raises
+    nothing.
+    """
+    try:
+        if __salt__["slmdb_instance.facts"]()["running"]:
+            query("SELECT 1")
+    except CommandExecutionError as err:
+        words = str(err)
+        return words if _KEPT_OUT.search(words) else None
+    return None

@@ -4,6 +4,8 @@ Starting and stopping the server: by systemd where it runs the host, by ``pg_ctl
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 
@@ -192,9 +194,13 @@ def reload() -> None:
 
         salt-call slmdb_service.reload
 
-    Returns nothing. Raises ``CommandExecutionError`` if the server does not answer.
+    A server whose rules keep us out is told by a signal. Returns nothing. Raises
+    ``CommandExecutionError`` if the server does not answer.
     """
-    __salt__["slmdb_server.query"]("SELECT pg_reload_conf()")
+    if __salt__["slmdb_server.refused"]():
+        os.kill(__salt__["slmdb_instance.facts"]()["pid"], signal.SIGHUP)
+    else:
+        __salt__["slmdb_server.query"]("SELECT pg_reload_conf()")
 
 
 def _wait() -> None:

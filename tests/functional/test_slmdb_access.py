@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import time
 from pathlib import Path
 
 import psycopg2
@@ -13,6 +14,7 @@ from tests.functional.test_slmdb_config import run, settle, tell
 
 LOG = Path("/var/log/postgresql/postgresql-15-main.log")
 HBA = Path("/etc/postgresql/15/main/pg_hba.conf")
+IDENT = HBA.with_name("pg_ident.conf")
 
 
 @pytest.fixture
@@ -96,6 +98,50 @@ def test_debian_s_own_rules_are_judged_too(settled):
     assert rows["root over the socket as postgres"]["judged"] == "refused"
     assert rows["the application over the socket"]["judged"] == "refused"
     assert rows["postgres over 127.0.0.1"]["right"] is True
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "host all all 127.0.0.1/32 scram-sha-256\n",
+        "local all all scram-sha-256\n",
+        "local all all reject\n",
+    ],
+)
+def test_who_is_locked_out_by_hand_gets_in_again_in_one_run(settled, rules, put_back):
+    """Whether the file is still the wrong one, or only what the server has read of it."""
+    good = HBA.read_text()
+    HBA.write_text(rules)
+    settled.call("slmdb_service.reload")
+    settled.call("slmdb_server.forget")
+    wait_until(lambda: settled.call("slmdb_server.refused"))
+    if put_back:
+        HBA.write_text(good)
+    announced = settled.state("slmdb_access.applied", test=True)
+    assert announced.result is None and settled.call("slmdb_server.refused")
+    done = settled.state("slmdb_access.applied")
+    assert done.result is True and done.changes == announced.changes
+    assert HBA.read_text() == good and settled.call("slmdb_server.refused") is None
+    assert settled.state("slmdb_access.applied").changes == {}
+
+
+def test_a_map_that_keeps_everybody_out_is_undone(settled):
+    """Without its line neither root nor postgres is the superuser."""
+    IDENT.write_text("")
+    settled.call("slmdb_service.reload")
+    settled.call("slmdb_server.forget")
+    wait_until(lambda: settled.call("slmdb_server.refused"))
+    assert settled.state("slmdb_access.applied").result is True
+    assert settled.call("slmdb_server.available")
+    assert settled.state("slmdb_access.verified").result is True
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_an_error_in_the_file_is_named_with_its_line(settled):

@@ -116,6 +116,19 @@ def test_what_a_reload_brings_is_in_force_at_once(settled):
     client.close()
 
 
+@pytest.mark.parametrize("spelled", [str.lower, str])
+def test_the_settings_that_the_server_spells_with_capitals(settled, spelled):
+    """TimeZone, DateStyle and IntervalStyle, however pillar spells them."""
+    given = {"TimeZone": "Europe/Berlin", "DateStyle": "ISO, DMY", "IntervalStyle": "iso_8601"}
+    tell(settled, settings={spelled(name): value for name, value in given.items()})
+    assert run(settled) == {"slmdb_config"}
+    rows = settled.call("slmdb_server.query", "SELECT name, reset_val AS value FROM pg_settings")
+    there = {row["name"]: row["value"] for row in rows}
+    assert {name: there[name] for name in given} == given
+    settled.call("slmdb_server.execute", "ALTER SYSTEM SET TimeZone = 'UTC'")
+    assert [row["name"] for row in settled.call("slmdb_config.foreign")] == ["timezone"]
+
+
 def test_timeouts_are_for_the_sessions_of_others(settled):
     """The formula's own sessions could not even correct them."""
     names = ["statement_timeout", "lock_timeout", "idle_session_timeout"]

@@ -305,6 +305,29 @@ def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
         minion.call("slmdb_config.apply")
 
 
+def test_an_application_that_gets_no_connection(minion):
+    """The report itself comes in by those that are kept for superusers."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(psycopg2.OperationalError):
+            while True:
+                login = {"user": "autobot_slm", "dbname": "autobot_slm"}
+                session = psycopg2.connect(host="/var/run/postgresql", **login)
+                held.callback(session.close)
+        assert "connections that all may use are used: nobody else gets in" in problems(minion)
+
+
+def test_another_server_at_our_socket(minion):
+    """It answers pg_isready as well as ours would."""
+    minion.call("slmdb_service.stop")
+    subprocess.run(["pg_createcluster", "-p", "5432", "15", "other"], check=True)
+    subprocess.run(["pg_ctlcluster", "15", "other", "start"], check=True)
+    try:
+        assert "the instance does not run; another server answers at" in problems(minion)
+    finally:
+        subprocess.run(["pg_dropcluster", "--stop", "15", "other"], check=True)
+        minion.call("slmdb_service.start")
+
+
 def test_a_stopped_server(minion):
     minion.call("slmdb_service.stop")
     try:

@@ -33,7 +33,7 @@ WELL = {
     "migration": {"state": "up to date", "heads": ["a1"], "comment": "well"},
     "tables": {"expected": ["nodes"], "missing": []},
     "capacity": {
-        "connections": {"used": 5, "allowed": 100},
+        "connections": {"used": 5, "allowed": 100, "reserved": 3},
         "disk": {"data": {"path": "/data", "free_bytes": 1, "free_percent": 50.0}, "wal": None},
         "oldest_transaction": None,
         "oldest_prepared": None,
@@ -95,6 +95,12 @@ def test_a_well_host_has_nothing_said_of_it(judge):
     [
         ("server.exists", False, "instance 15/main does not exist"),
         ("server.pg_isready", {"retcode": 1, "line": "rejecting"}, "not accept connections: rej"),
+        ("server.running", False, "the instance does not run; another server answers"),
+        (
+            "capacity.connections",
+            {"used": 18, "allowed": 20, "reserved": 3},
+            "17 of the 17 connections that all may use are used: nobody else gets in",
+        ),
         ("server.unit.state", "failed", "the unit autobot-slm-database is failed"),
         ("server.unit.is_the_server", False, "runs outside its unit"),
         ("server.port", 5433, "slm_database:port: 5432 is wanted, the server has 5433"),
@@ -137,7 +143,11 @@ def test_a_problem(judge, path, value, words):
         ("secret.overdue", True, "is overdue"),
         ("secret.left_behind", "/etc/autobot/db-credentials.env", "still holds another password"),
         ("capacity.disk.data", {**DISK, "free_percent": 9.0}, "has 9.0 % free"),
-        ("capacity.connections", {"used": 91, "allowed": 100}, "91 of 100 connections"),
+        (
+            "capacity.connections",
+            {"used": 90, "allowed": 100, "reserved": 3},
+            "89 of the 97 connections that all may use",
+        ),
         ("capacity.oldest_transaction", HOURS, "open for 4000 s: pid 7, user u, database d"),
         ("capacity.oldest_prepared", {"name": "x", "seconds": 4000}, "prepared transaction x"),
         ("capacity.transaction_id_age", 1_100_000_000, "vacuum does not keep up"),
