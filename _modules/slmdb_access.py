@@ -16,6 +16,14 @@ __virtualname__ = "slmdb_access"
 MODE = "0640"
 SEEN = "/var/lib/autobot-slm-database/logins.seen"
 LOOPBACK = ("127.0.0.1", "::1")
+# As an access rule has it: a superuser is a member only of what he was made a member of.
+GROUPS = """
+WITH RECURSIVE above AS (
+    SELECT m.roleid FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.member WHERE r.rolname = %s
+     UNION
+    SELECT m.roleid FROM pg_auth_members m JOIN above a ON a.roleid = m.member)
+SELECT r.rolname AS name FROM above a JOIN pg_roles r ON r.oid = a.roleid
+"""
 
 
 def __virtual__() -> str:
@@ -116,7 +124,7 @@ def problems() -> list[str]:
     if answer and answer["objections"]:
         # What is wrong there is said of the configuration; the rules are judged all the same.
         answer = rehearse(_present(_facts()["conf_file"]))
-    maps = __salt__["slmdb_hba.mappings"](settings)
+    maps = __salt__["slmdb_hba.maps"](__salt__["slmdb_hba.render_ident"](settings))
     if answer and not answer["objections"]:
         lines = errors_of(answer)
         if lines:
@@ -215,9 +223,12 @@ def _errors() -> list[str]:
     rules = __salt__["slmdb_hba.rules"](settings)
     lines = _rule_lines(_loaded_rules(), rules)
     if int(_facts()["version"]) >= 15:
-        rows = __salt__["slmdb_server.query"]("SELECT * FROM pg_ident_file_mappings")
-        lines += _map_lines(rows, settings)
+        lines += _map_lines(_loaded_maps(), settings)
     return lines
+
+
+def _loaded_maps() -> list[dict[str, Any]]:
+    return __salt__["slmdb_server.query"]("SELECT * FROM pg_ident_file_mappings")
 
 
 def _loaded_rules() -> list[dict[str, Any]]:
@@ -238,17 +249,15 @@ def rule_errors() -> list[str]:
     if the server does not answer.
     """
     found = _facts()
-    lines = [
-        f"{found['hba_file']}, line {row['line_number']}: {row['error']}"
-        for row in _loaded_rules()
+    rows = [(found["hba_file"], row) for row in _loaded_rules()]
+    if int(found["version"]) >= 15:
+        rows += [(found["ident_file"], row) for row in _loaded_maps()]
+    return [
+        # From PostgreSQL 16 on the line may be one of an included file.
+        f"{row.get('file_name') or file}, line {row['line_number']}: {row['error']}"
+        for file, row in rows
         if row["error"]
     ]
-    if int(found["version"]) >= 15:
-        rows = __salt__["slmdb_server.query"](
-            "SELECT line_number, error FROM pg_ident_file_mappings WHERE error IS NOT NULL"
-        )
-        lines += [f"{found['ident_file']}, line {r['line_number']}: {r['error']}" for r in rows]
-    return lines
 
 
 def shadowed() -> list[str]:
@@ -279,9 +288,7 @@ def matrix() -> list[dict[str, Any]]:
     not answer.
     """
     rules = __salt__["slmdb_hba.from_server"](_loaded_rules())
-    text = _present(_facts()["ident_file"])
-    maps = [tuple(line.split()) for line in _rules(text) if len(line.split()) == 3]
-    return judge(rules, maps)
+    return judge(rules, __salt__["slmdb_hba.maps"](_present(_facts()["ident_file"])))
 
 
 def judge(rules: list[dict[str, Any]], maps: list[tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -335,10 +342,11 @@ def _row(
     expected: str = "admitted",
 ) -> dict[str, Any]:
     kinds = ["local"] if address is None else ["host", "hostssl"]
+    groups = _groups(rules, role)
     deciding = [
         rule
         for kind in kinds
-        for rule in __salt__["slmdb_hba.possible"](rules, kind, database, role, address)
+        for rule in __salt__["slmdb_hba.possible"](rules, kind, database, role, address, groups)
     ]
     answers = [_lets_in(rule, maps, user, role, password) for rule in deciding]
     wrong = [rule for rule, answer in zip(deciding, answers, strict=True) if answer != expected]
@@ -350,6 +358,14 @@ def _row(
         "right": not wrong,
         "key": blamed["key"] if blamed else "slm_database:hba",
     }
+
+
+def _groups(rules: list[dict[str, Any]], role: str) -> list[str]:
+    """What a role is a member of, if any rule is about members; a new server has none."""
+    about = any(name.startswith("+") for rule in rules for name in rule["user"])
+    if not about or not __salt__["slmdb_server.available"]():
+        return []
+    return [row["name"] for row in __salt__["slmdb_server.query"](GROUPS, [role])]
 
 
 def _lets_in(
@@ -369,8 +385,7 @@ def _lets_in(
         name = rule["options"].get("map")
         if name is None:
             return "admitted" if user == role else "refused"
-        bare = [tuple(word.strip('"') for word in line) for line in maps]
-        return "admitted" if (name, user, role) in bare else "refused"
+        return "admitted" if (name, user, role) in maps else "refused"
     return "refused"
 
 

@@ -127,7 +127,7 @@ def line(rule: dict[str, Any]) -> str:
     rule
         type, database and user (lists), address (None for local), method, options.
     """
-    words = [rule["type"], _names(rule["database"]), _names(rule["user"])]
+    words = [rule["type"], _names(rule["database"]), ",".join(map(_user, rule["user"]))]
     if rule["type"] != "local":
         words.append(rule.get("address") or "all")
     words.append(rule["method"])
@@ -139,6 +139,11 @@ def line(rule: dict[str, Any]) -> str:
 
 def _names(names: list[str]) -> str:
     return ",".join(_quoted(name) for name in names)
+
+
+def _user(name: str) -> str:
+    """A plus within the quotes would be a part of the name, not the sign of a group."""
+    return f"+{_quoted(name[1:])}" if name.startswith("+") else _quoted(name)
 
 
 def _quoted(word: str) -> str:
@@ -203,6 +208,25 @@ def mappings(settings: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows + [
         (row["map"], row["system_user"], row["database_user"]) for row in hba.get("ident") or []
     ]
+
+
+def maps(content: str) -> list[tuple[str, ...]]:
+    """
+    Return the lines in the text of a ``pg_ident.conf`` as the server reads them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_hba.maps 'staff alice reporting'
+
+    content
+        The text. Lines that are no mapping are passed over.
+
+    Returns map, operating-system user and role of each, without quotes.
+    """
+    lines = (_fields(raw) for raw in content.split("\n"))
+    return [tuple(_bare(field[0]) for field in line) for line in lines if len(line) == 3]
 
 
 def parse(content: str) -> list[dict[str, Any]]:
@@ -295,7 +319,12 @@ def from_server(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def possible(
-    given: list[dict[str, Any]], kind: str, database: str, user: str, address: str | None = None
+    given: list[dict[str, Any]],
+    kind: str,
+    database: str,
+    user: str,
+    address: str | None = None,
+    groups: list[str] | None = None,
 ) -> list[dict[str, Any] | None]:
     """
     Return the rules one of which decides over a connection; None stands for no rule (refused).
@@ -318,8 +347,12 @@ def possible(
     address
         Its IP address; None for local.
 
-    Nearly always one. A rule that only the server can judge (a group, a regular expression, a host
-    name, samenet) may or may not match: it is in the list, and so is what decides without it.
+    groups
+        The roles that its role is a member of; None: not known.
+
+    Nearly always one. A rule that only the server can judge (a regular expression, a host name,
+    samenet, a group where those are not known) may or may not match: it is in the list, and so is
+    what decides without it.
     """
     found: list[dict[str, Any] | None] = []
     for rule in given:
@@ -327,7 +360,7 @@ def possible(
             continue
         parts = [
             _database_matches(rule["database"], database, user),
-            _user_matches(rule["user"], user),
+            _user_matches(rule["user"], user, groups),
             True if kind == "local" else _address_matches(rule.get("address"), address or ""),
         ]
         if False in parts:
@@ -358,11 +391,14 @@ def _database_matches(names: list[str], database: str, user: str) -> bool | None
     return _any(answers)
 
 
-def _user_matches(names: list[str], user: str) -> bool | None:
+def _user_matches(names: list[str], user: str, groups: list[str] | None) -> bool | None:
     answers: list[bool | None] = []
     for name in names:
-        unsure = name.startswith(("+", "/", "@"))
-        answers.append(None if unsure else name == "all" or _bare(name) == user)
+        if name.startswith("+") and groups is not None:
+            answers.append(_bare(name[1:]) in (user, *groups))
+        else:
+            unsure = name.startswith(("+", "/", "@"))
+            answers.append(None if unsure else name == "all" or _bare(name) == user)
     return _any(answers)
 
 

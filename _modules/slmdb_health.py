@@ -318,7 +318,7 @@ def empty() -> dict[str, Any]:
         "problems": [],
         "warnings": [],
         "server": {},
-        "access": {"addresses": [], "rule_errors": [], "shadowed": [], "matrix": []},
+        "access": {"addresses": [], "absent": [], "rule_errors": [], "shadowed": [], "matrix": []},
         "migration": {},
         "tables": {"expected": [], "missing": None},
         "capacity": {},
@@ -334,7 +334,8 @@ def empty() -> dict[str, Any]:
 def _seconds(timeout: float | None, settings: dict[str, Any]) -> float:
     """What the questions may take: Salt needs the rest to end the children and print."""
     given = settings["health"]["timeout"] if timeout is None else timeout
-    return (float(given) if isinstance(given, (int, float)) else 2.0) - 0.3
+    seconds = float(given) if isinstance(given, (int, float)) else 2.0
+    return max(seconds - 0.3, seconds / 2)
 
 
 def report(timeout: float | None = None) -> dict[str, Any]:
@@ -387,7 +388,9 @@ def _fill(
     unit = parts.get("unit", _unit, found, default={})
     inside: dict[str, Any] = {}
     answer["tables"]["expected"] = list(settings["health"]["tables"])
-    answer["access"]["addresses"] = parts.get("access", __salt__["slmdb_instance.listens"])
+    access = answer["access"]
+    access["addresses"] = parts.get("access", __salt__["slmdb_instance.listens"])
+    access["absent"] = parts.get("access", __salt__["slmdb_instance.absent"], default=[])
     # Who hangs is left when half of the time is over; the rest goes to what needs no server.
     first = time.monotonic() + (moment - time.monotonic()) / 2
     with _deadline(first) as until:

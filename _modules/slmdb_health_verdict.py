@@ -125,7 +125,10 @@ def _unit_warnings(report: dict[str, Any]) -> Iterator[str]:
 def _address_warnings(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     if report["server"]["pg_isready"]["retcode"] != 0:
         return
-    listened = report["access"]["addresses"] or []
+    listened = set(report["access"]["addresses"] or ())
+    if "127.0.0.1" in listened:
+        # A host may have no IPv6; ::1 only repeats what 127.0.0.1 gives.
+        listened |= {"::1"}.intersection(report["access"].get("absent") or ())
     for address in settings["listen_addresses"]:
         if address not in ("*", "0.0.0.0", "::", "localhost") and address not in listened:
             yield f"slm_database:listen_addresses: nothing listens on {address}"

@@ -320,7 +320,7 @@ def address_problems() -> list[str]:
     """
     path = "slm_database:listen_addresses"
     wanted = __salt__["slmdb_pillar.get"]("listen_addresses")
-    missing = {address for address in wanted if not _bindable(address)}
+    missing = set(absent())
     # A host may have no IPv6; ::1 only repeats what 127.0.0.1 gives.
     if "127.0.0.1" in wanted and "127.0.0.1" not in missing:
         missing.discard("::1")
@@ -332,6 +332,20 @@ def address_problems() -> list[str]:
     if not FOR_THE_APPLICATION.intersection(wanted):
         lines.append(f"{path}: the application connects to 127.0.0.1; add it")
     return lines
+
+
+def absent() -> list[str]:
+    """
+    Return the wanted addresses that this host does not have.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.absent
+    """
+    wanted = __salt__["slmdb_pillar.get"]("listen_addresses")
+    return [address for address in wanted if not _bindable(address)]
 
 
 def _bindable(address: str) -> bool:
@@ -415,6 +429,8 @@ def apply() -> None:
     command += [found["version"], NAME, "--"]
     if get("data_checksums"):
         command.append("--data-checksums")
+    elif int(found["version"]) >= 18:  # where initdb makes them unless it is told not to
+        command.append("--no-data-checksums")
     answer = __salt__["cmd.run_all"](command, python_shell=False, env={"LC_ALL": "C.UTF-8"})
     if answer["retcode"]:
         # pg_createcluster cleans up after a failed initdb itself; what a kill leaves is refused

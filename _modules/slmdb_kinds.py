@@ -89,16 +89,26 @@ def _is_identifier(value: Any) -> bool:
     return 1 <= len(value.encode(errors="replace")) <= 63 and not set(value) & set("'\"`\\")
 
 
+def _is_table(value: Any) -> bool:
+    schema, dot, name = value.partition(".") if isinstance(value, str) else ("", "", "")
+    return _is_identifier(value) or (bool(dot) and _is_identifier(schema) and _is_identifier(name))
+
+
 def _is_role(value: Any) -> bool:
+    # The first three mean a group, a file and a pattern in an access rule.
     return (
         _is_identifier(value)
-        and not value.startswith("pg_")
+        and not value.startswith(("+", "@", "/", "pg_"))
         and value not in ("public", "none", "postgres")
     )
 
 
 def _is_database(value: Any) -> bool:
-    return _is_identifier(value) and value not in ("template0", "template1", "postgres")
+    return (
+        _is_identifier(value)
+        and not value.startswith(("@", "/"))
+        and value not in ("template0", "template1", "postgres")
+    )
 
 
 def _is_rule_name(value: Any) -> bool:
@@ -188,7 +198,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "database": _Kind(
         "a database name",
-        f"{_NAME}, and none of postgres, template0, template1",
+        f"{_NAME}, not beginning with @ or /, and none of postgres, template0, template1",
         _is_database,
     ),
     "duration": _Kind(
@@ -282,7 +292,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "role": _Kind(
         "a role name",
-        f"{_NAME}, not beginning with pg_, and none of postgres, public, none",
+        f"{_NAME}, not beginning with pg_, +, @ or /, and none of postgres, public, none",
         _is_role,
     ),
     "room": _Kind(
@@ -320,6 +330,7 @@ _KINDS: dict[str, _Kind] = {
     "suite": _Kind(
         "a repository suite", "such as bookworm-pgdg", _matches(r"[A-Za-z0-9][A-Za-z0-9./-]*")
     ),
+    "table": _Kind("a table", f"schema.table or table, each {_NAME}", _is_table),
     "text": _Kind("a line of text", "one line of text that is not empty", _is_text),
     "time": _Kind("a time of day (in quotes)", '"00:00" to "23:59"', _matches(_TIME)),
     "timezone": _Kind(

@@ -166,7 +166,7 @@ SCHEMA: dict[str, Any] = {
         "venv": "relative_path",
         "protect_home": ("choice", "read-only", "tmpfs", "no"),
     },
-    "health": {"timeout": ("amount", 0.1, 60), "tables": ("list", "identifier")},
+    "health": {"timeout": ("amount", 0.1, 60), "tables": ("list", "table")},
     "migration": {
         "alembic_ini": "relative_path",
         "database": ("null", "database"),

@@ -26,8 +26,9 @@ __virtualname__ = "slmdb_server"
 
 USER = "postgres"
 TIMEOUT = 10
-# The server's words for a login that its rules refuse, in any of the languages it speaks.
-_KEPT_OUT = re.compile(r"pg_hba\.conf|authenti|autenti|password", re.IGNORECASE)
+# What a refusal names in all the languages that the server speaks, and no other failure does;
+# what asks for a password is libpq's and English.
+_KEPT_OUT = re.compile(r"pg_hba\.conf|password|(?<![\w./])postgres(?![\w./])")
 # What is set for the sessions of others must not end ours, least of all the one that corrects it.
 _UNHURRIED = {
     "statement_timeout": "0",

@@ -166,6 +166,30 @@ def test_hardened_lets_the_backend_s_user_in_and_nobody_else(settled):
     assert any("the application over the socket" in x for x in settled.call("slmdb_access.verify"))
 
 
+def test_a_rule_about_the_members_of_a_group(settled):
+    """It is nothing to who is no member, and is judged for who is."""
+    settled.call("slmdb_server.execute", 'CREATE ROLE "my dba"')
+    rule = {"type": "local", "database": "all", "user": "+my dba", "method": "reject"}
+    tell(settled, hba={"before": [rule]})
+    assert run(settled) == {"slmdb_access"}
+    rows = settled.call("slmdb_server.query", "SELECT user_name FROM pg_hba_file_rules")
+    assert rows[0]["user_name"] == ["+my dba"]
+    settled.call("slmdb_server.execute", 'CREATE ROLE alice LOGIN IN ROLE "my dba"')
+    assert refused(host="/var/run/postgresql", user="alice", dbname="autobot_slm")
+    assert all(row["right"] for row in settled.call("slmdb_access.matrix"))
+    settled.call("slmdb_server.execute", 'GRANT "my dba" TO autobot_slm')
+    wrong = [row["login"] for row in settled.call("slmdb_access.matrix") if not row["right"]]
+    assert wrong == ["the application over the socket"]
+
+
+def test_a_hardened_role_with_a_blank_in_its_name(settled):
+    """Its line in the map is quoted."""
+    tell(settled, role="slm app", hba={"preset": "hardened", "backend_user": "daemon"})
+    assert "slmdb_access" in run(settled)
+    assert all(row["right"] for row in settled.call("slmdb_access.matrix"))
+    assert run(settled) == set()
+
+
 def test_extra_rules_come_where_they_should_and_shadowed_ones_are_named(settled):
     """Before and after ours, in their order."""
     rule = {"type": "host", "database": "reports", "user": "reader", "method": "scram-sha-256"}

@@ -52,8 +52,8 @@ def test_the_operator_s_rules_have_their_places():
     before = {**rule, "address": "10.0.0.0/8", "options": {"clientcert": "verify-full"}}
     after = {**rule, "address": "all", "options": {"ldaptls": True, "map": "a b"}}
     found = lines(hba.render(settings(before=[before], after=[after])))
-    assert found[0] == 'hostssl a,b "+x y" 10.0.0.0/8 cert clientcert=verify-full'
-    assert found[-1] == 'hostssl a,b "+x y" all cert ldaptls=1 "map=a b"'
+    assert found[0] == 'hostssl a,b +"x y" 10.0.0.0/8 cert clientcert=verify-full'
+    assert found[-1] == 'hostssl a,b +"x y" all cert ldaptls=1 "map=a b"'
     assert len(found) == 7
 
 

@@ -90,6 +90,14 @@ def test_a_well_host_has_nothing_said_of_it(judge):
     assert judge() == {"problems": [], "warnings": []}
 
 
+def test_a_host_without_ipv6_is_no_worse_for_it(judge):
+    """Another address that it does not have is missed."""
+    access = {**WELL["access"], "addresses": ["127.0.0.1"], "absent": ["::1"]}
+    assert judge("access", access) == {"problems": [], "warnings": []}
+    said = judge("access", {**access, "absent": ["::1", "10.1.2.3"]}, listen_addresses=["10.1.2.3"])
+    assert said["warnings"] == ["slm_database:listen_addresses: nothing listens on 10.1.2.3"]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
