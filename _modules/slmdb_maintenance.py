@@ -179,7 +179,15 @@ def _restart(job: dict[str, Any]) -> str | None:
     left = [row["name"] for row in __salt__["slmdb_pending.restart"]()]
     if left:
         raise CommandExecutionError(f"after a restart still parked: {', '.join(left)}")
-    return f"for {', '.join(row['name'] for row in rows)}"
+    names = [row["name"] for row in rows]
+    return f"for {', '.join(names)}{_moved() if 'port' in names else ''}"
+
+
+def _moved() -> str:
+    """At another port the backend finds the server by its URL, in the secret file, alone."""
+    __salt__["slmdb_secret.apply"]()
+    unit = __salt__["slmdb_pillar.get"]("backend", "unit")
+    return f"; the secret file has the new port, {unit} finds it there when it is restarted"
 
 
 def _migrate(job: dict[str, Any]) -> str | None:

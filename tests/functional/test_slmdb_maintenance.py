@@ -93,6 +93,20 @@ def test_an_approval_lets_one_run_do_what_is_parked(parked, caplog):
     assert (again.result, again.changes) == (True, {})
 
 
+def test_a_port_that_comes_into_force_is_the_backend_s_as_well(parked):
+    """Its URL is in the secret file; the migrations of the same maintenance read it."""
+    settings = {**PARKED, "port": 5544, "maintenance": {"approve": True}}
+    parked.tell({"slm_database": {**settings, "maintenance": {}}})
+    assert parked.state("slmdb_config.applied").result is True
+    assert b":5432/" in Path("/etc/autobot/slm-secrets.env").read_bytes()
+    parked.tell({"slm_database": settings})
+    done = parked.state("slmdb_maintenance.done")
+    assert done.result is True, done.comment
+    assert "has the new port, autobot-slm-backend finds it there" in done.comment
+    assert b":5544/" in Path("/etc/autobot/slm-secrets.env").read_bytes()
+    assert parked.call("slmdb_secret.login") is True
+
+
 def test_an_approval_is_not_recorded(parked):
     """A report that reads the record later does not take it for its own."""
     parked.tell(APPROVED)
