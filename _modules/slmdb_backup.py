@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 TYPES = {"full": "full", "diff": "differential", "incr": "incremental"}
 PATIENCE = 120
+OTHERS = 3600  # seconds for a backup that is being made, before a change
 ARCHIVED = "SELECT EXISTS (SELECT FROM pg_ls_archive_statusdir() WHERE name = %s) AS done"
 
 
@@ -206,13 +207,14 @@ def before_change() -> str | None:
 
         salt-call slmdb_backup.before_change
 
-    One repository that has it is enough; another that failed is named in the log. Returns its
-    label; ``None`` if ``backup:enabled`` is false or the server does not archive before its next
+    One repository that has it is enough; another that failed is named in the log. A backup that is
+    being made is waited for, up to an hour. Returns its label; ``None`` if ``backup:enabled`` is false or the server does not archive before its next
     restart. Raises what ``create`` raises.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled") or parked():
         return None
-    return str(__salt__["slmdb_backup_create.create"]("incremental", everywhere=False)["label"])
+    create = __salt__["slmdb_backup_create.create"]
+    return str(create("incremental", everywhere=False, wait=OTHERS)["label"])
 
 
 def settle() -> dict[str, str]:

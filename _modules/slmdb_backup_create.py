@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 TYPES = {"full": "full", "differential": "diff", "incremental": "incr"}
 # A backup is seldom larger than the last one of its kind, but it may be.
 MARGIN = 1.2
+PAUSE = 2
+HELD = "Resource temporarily unavailable"  # pgBackRest's reason for a lock that another one holds
 AHEAD = (
     "; set the clock right; if it was ahead when that one was made, "
     "slmdb_backup.create full goes on"
@@ -32,7 +34,7 @@ def _name(row: dict[str, Any]) -> str:
     return f"repository {row['repository']} ({row['where']})"
 
 
-def create(wanted: str, everywhere: bool = True) -> dict[str, Any]:
+def create(wanted: str, everywhere: bool = True, wait: float = 0) -> dict[str, Any]:
     """
     Make a backup in every repository.
 
@@ -46,6 +48,8 @@ def create(wanted: str, everywhere: bool = True) -> dict[str, Any]:
         ``full``, ``differential`` or ``incremental``.
     everywhere
         Whether every repository must have it; else one is enough, and the log names the others.
+    wait
+        Seconds to wait in each for another pgBackRest, a timer's backup for instance, to end.
 
     Returns the one of the first repository as ``slmdb_backup.list`` has it, and ``others``. Raises
     ``SaltInvocationError`` for another type; ``CommandExecutionError`` that names each repository
@@ -63,7 +67,7 @@ def create(wanted: str, everywhere: bool = True) -> dict[str, Any]:
     made, failed = [], []
     for row in repositories:
         try:
-            made.append(_one(row, wanted))
+            made.append(_one(row, wanted, wait))
         except CommandExecutionError as err:
             if len(repositories) == 1:
                 raise
@@ -77,14 +81,14 @@ def create(wanted: str, everywhere: bool = True) -> dict[str, Any]:
     return {**made[0], "others": made[1:]}
 
 
-def _one(repository: dict[str, Any], wanted: str) -> dict[str, Any]:
+def _one(repository: dict[str, Any], wanted: str, wait: float) -> dict[str, Any]:
     number = repository["repository"]
     before = __salt__["slmdb_backup.rows"](number)
     full = [row for row in before if row["type"] == "full"]
     if repository["local"]:
         _refuse_without_room(repository, wanted if full else "full", before)
     try:
-        seconds = __salt__["slmdb_backup_progress.run"]("backup", number, f"--type={TYPES[wanted]}")
+        seconds = _run(number, wanted, time.monotonic() + wait)
     except CommandExecutionError as err:
         advice = AHEAD if "is not later than latest backup label" in str(err) else ""
         raise CommandExecutionError(f"{err}{advice}") from None
@@ -97,6 +101,23 @@ def _one(repository: dict[str, Any], wanted: str) -> dict[str, Any]:
         "backup", number, "done", label=new[-1]["label"], bytes=size, seconds=seconds
     )
     return new[-1]
+
+
+def _run(number: int, wanted: str, deadline: float) -> float:
+    """Let pgBackRest make it, as soon as no other one holds the repository's lock."""
+    told = False
+    while True:
+        try:
+            return __salt__["slmdb_backup_progress.run"](
+                "backup", number, f"--type={TYPES[wanted]}"
+            )
+        except CommandExecutionError as err:
+            if HELD not in str(err) or time.monotonic() > deadline:
+                raise
+        if not told:
+            __salt__["slmdb_backup_progress.tell"]("backup", number, "waiting")
+            told = True
+        time.sleep(PAUSE)
 
 
 def _refuse_without_room(

@@ -46,7 +46,8 @@ ENCODINGS = (
 ADDRESS_WORDS = ("all", "samehost", "samenet")
 _DAY = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
-_WINDOW = rf"(?:{_DAY}(?:[,-]{_DAY})* |daily )?{_TIME}-(?:{_TIME}|24:00)"
+_DAYS = rf"{_DAY}(?:-{_DAY})?"
+_WINDOW = rf"(?:{_DAYS}(?:,{_DAYS})* |daily )?{_TIME}-(?:{_TIME}|24:00)"
 
 
 class _Kind(NamedTuple):

@@ -4,10 +4,13 @@ A maintenance: everything that is parked, done in one go, each step only after t
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -17,6 +20,7 @@ __virtualname__ = "slmdb_maintenance"
 ROOM = 512 * 1024**2
 HEALTH_TIMEOUT = 10
 LONG = 60
+LOCK = "/var/lib/autobot-slm-database/maintenance.lock"
 # The query itself may hold a secret, so it is not shown.
 TRANSACTIONS = """
 SELECT pid::text AS who, usename AS user, datname AS database, state,
@@ -163,9 +167,18 @@ def _backup(job: dict[str, Any]) -> str | None:
     return __salt__["slmdb_backup.before_change"]()
 
 
+def _still_permitted() -> None:
+    """What went before may have taken longer than the window is open."""
+    if not __salt__["slmdb_window.reason"]():
+        raise CommandExecutionError(
+            f"the window closed meanwhile: {__salt__['slmdb_window.refusal']()}"
+        )
+
+
 def _update(job: dict[str, Any]) -> str | None:
     if not job["updates"]:
         return None
+    _still_permitted()
     __salt__["slmdb_server.forget"]()
     __salt__["slmdb_update.apply"](job["updates"])
     return ", ".join(f"{row['package']} {row['candidate']}" for row in job["updates"])
@@ -173,8 +186,10 @@ def _update(job: dict[str, Any]) -> str | None:
 
 def _restart(job: dict[str, Any]) -> str | None:
     rows = __salt__["slmdb_pending.restart"]()
-    if not rows and __salt__["slmdb_server.available"]():
-        return None
+    if __salt__["slmdb_server.available"]():
+        if not rows:
+            return None
+        _still_permitted()
     __salt__["slmdb_lastgood.restart"]()
     left = [row["name"] for row in __salt__["slmdb_pending.restart"]()]
     if left:
@@ -251,6 +266,23 @@ def _do(job: dict[str, Any], step: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One maintenance at a time: Salt itself sees only the runs of its own cache directory."""
+    os.makedirs(os.path.dirname(LOCK), exist_ok=True)
+    with open(os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandExecutionError(
+                f"another maintenance runs, process {lock.read().strip()}; wait until it is over"
+            ) from None
+        lock.truncate()
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
 def run(long_transaction: int = LONG) -> dict[str, Any]:
     """
     Do what is parked, step by step, until the first failure.
@@ -268,11 +300,16 @@ def run(long_transaction: int = LONG) -> dict[str, Any]:
     ``seconds`` and ``comment``; ``None``: there was nothing to do), ``failed`` (``step``,
     ``comment``, ``server``, or ``None``), ``not_done`` (steps) and ``away`` (seconds for which the
     server accepted no connections, to a tenth). Raises ``CommandExecutionError`` if a window or an
-    approval is missing, or it cannot be told what is parked.
+    approval is missing, another maintenance runs, or it cannot be told what is parked.
     """
     why = __salt__["slmdb_window.reason"]()
     if not why:
         raise CommandExecutionError(__salt__["slmdb_window.refusal"]())
+    with _alone():
+        return _run(why, long_transaction)
+
+
+def _run(why: str, long_transaction: int) -> dict[str, Any]:
     job: dict[str, Any] = {**plan(), "long": long_transaction, "done": {}, "failed": None}
     _tell("maintenance", "begun", why)
     watch = _watch()

@@ -122,6 +122,8 @@ def _mistake(window: Any) -> str | None:
     parts = dict(part.split("=", 1) for part in window["rrule"].removeprefix("RRULE:").split(";"))
     if parts["FREQ"] not in ("DAILY", "WEEKLY", "MONTHLY", "YEARLY"):
         return f"rrule: FREQ={parts['FREQ']}; allowed: DAILY, WEEKLY, MONTHLY, YEARLY"
+    if not parts.get("INTERVAL", "1").lstrip("0").isdigit():
+        return f"rrule: INTERVAL={parts['INTERVAL']}; allowed: a whole number from 1 up"
     for name, instead in (
         ("COUNT", "UNTIL ends it"),
         *((f"BY{unit}", "start says it") for unit in ("HOUR", "MINUTE", "SECOND")),
@@ -249,7 +251,7 @@ def reason() -> str | None:
     ``CommandExecutionError`` if the settings cannot be used.
     """
     told = __salt__["slmdb_pillar.get"]("maintenance")
-    if told["approve"]:
+    if told["approve"] is True:  # who calls a function has no pillar checked
         return f"approved for this run by {KEY}:approve"
     if told["policy"] == "auto":
         return f"{KEY}:policy is auto"

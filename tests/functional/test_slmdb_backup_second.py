@@ -18,6 +18,7 @@ from tests.support import backups, s3
 from tests.support import world as worlds
 
 FIRST, SECOND = Path("/var/lib/pgbackrest"), Path("/srv/second")
+LOCK = Path("/var/lib/autobot-slm-database/pgbackrest/lock/autobot-slm-backup.lock")
 KEYS = Path("/etc/pgbackrest/autobot-slm")
 PILLAR = {"slm_database": {"backup": {"second": {"type": "path", "path": str(SECOND)}}}}
 STATES = ("slmdb_config.applied", "slmdb_backup.configured", "slmdb_backup.present")
@@ -284,6 +285,24 @@ def test_before_a_change_one_repository_is_enough(host):
             host.call("slmdb_backup.create")
         with dead(FIRST), pytest.raises(CommandExecutionError, match="repository 1 "):
             host.call("slmdb_backup.before_change")
+
+
+@pytest.mark.once
+def test_before_a_change_a_backup_that_runs_is_waited_for(host):
+    """A timer's, for instance; by hand it is refused at once."""
+    LOCK.parent.mkdir(exist_ok=True)
+    LOCK.touch()
+    for path in (LOCK, LOCK.parent):
+        shutil.chown(path, "postgres", "postgres")
+    holder = subprocess.Popen(["flock", LOCK, "sleep", "8"])
+    try:
+        time.sleep(0.5)
+        with pytest.raises(CommandExecutionError, match="acquire lock"):
+            host.call("slmdb_backup.create")
+        label = host.call("slmdb_backup.before_change")
+    finally:
+        holder.wait()
+    assert label in [row["label"] for row in host.call("slmdb_backup.list")]
 
 
 @pytest.mark.parametrize("directory", [FIRST, SECOND])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tests.support import world as worlds
 PARKED = {"settings": {"max_connections": 37}}
 APPROVED = {"slm_database": {**PARKED, "maintenance": {"approve": True}}}
 STATE = "What is parked is done"
+LOCK = Path("/var/lib/autobot-slm-database/pgbackrest/lock/autobot-slm-backup.lock")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,44 @@ def test_an_approval_lets_one_run_do_what_is_parked(parked, caplog):
     assert connections(parked) == "37"
     again = parked.state("slmdb_maintenance.done")
     assert (again.result, again.changes) == (True, {})
+
+
+def test_one_maintenance_at_a_time(parked):
+    """Of a minion's schedule and of an operator, who have caches of their own."""
+    parked.tell(APPROVED)
+    lock = Path("/var/lib/autobot-slm-database/maintenance.lock")
+    lock.write_text("4711\n")
+    holder = subprocess.Popen(["flock", lock, "sleep", "60"])
+    try:
+        time.sleep(0.5)
+        refused = parked.state("slmdb_maintenance.done")
+        assert (refused.result, refused.changes) == (False, {})
+        assert refused.comment == "another maintenance runs, process 4711; wait until it is over"
+    finally:
+        subprocess.run(["pkill", "-P", str(holder.pid)], check=True)
+        holder.wait()
+    assert parked.state("slmdb_maintenance.done").result is True
+
+
+def test_a_window_that_closes_meanwhile(parked):
+    """The backup before it took too long: what is disruptive is not begun any more."""
+    for state in ("configured", "present"):
+        assert parked.state(f"slmdb_backup.{state}").result is True
+    closes = (time.time() + 20) // 60 * 60 + 60
+    begin, end = (time.strftime("%H:%M", time.localtime(at)) for at in (closes - 3600, closes))
+    maintenance = {"policy": "window", "windows": [f"daily {begin}-{end}"]}
+    parked.tell({"slm_database": {**PARKED, "maintenance": maintenance}})
+    LOCK.parent.mkdir(exist_ok=True)
+    LOCK.touch()
+    for path in (LOCK, LOCK.parent):
+        shutil.chown(path, "postgres", "postgres")
+    holder = subprocess.Popen(["flock", LOCK, "sleep", str(closes - time.time() + 1)])
+    before = started(parked)
+    done = parked.state("slmdb_maintenance.done")
+    holder.wait()
+    assert done.result is False and started(parked) == before
+    assert "backup: " in done.comment
+    assert "restart: the window closed meanwhile: no window is open" in done.comment
 
 
 def test_a_port_that_comes_into_force_is_the_backend_s_as_well(parked):

@@ -248,6 +248,12 @@ WRONG = [
         "secret:key",
     ),
     ({"maintenance": {"windows": ["Sonntag"]}}, "maintenance:windows:0", '"Sonntag"', "Sun 02:00"),
+    (
+        {"maintenance": {"windows": ["Mon-Wed-Fri 02:00-04:00"]}},
+        "maintenance:windows:0",
+        '"Mon-Wed-Fri 02:00-04:00"',
+        "Mon,Wed 23:00",
+    ),
     ({"maintenance": {"windows": [{}]}}, "maintenance:windows:0:rrule", "missing", ""),
     ({"maintenance": {"policy": False}}, "maintenance:policy", "false", "manual, window"),
     ({"migration": {"initialize": "a 'b"}}, "migration:initialize", "text", "a command"),

@@ -160,6 +160,8 @@ def test_a_rule_lasts_as_long_as_it_says_whatever_the_clock_does(window, now, be
     [
         (ruled("FREQ=HOURLY"), "0:rrule: FREQ=HOURLY"),
         (ruled("FREQ=DAILY;COUNT=3"), "COUNT"),
+        (ruled("FREQ=DAILY;INTERVAL=0"), "INTERVAL=0; allowed: a whole number from 1 up"),
+        (ruled("FREQ=DAILY;INTERVAL=-1"), "INTERVAL=-1"),
         (ruled("FREQ=DAILY;BYHOUR=3"), "BYHOUR"),
         (ruled("FREQ=DAILY;BYDAY=XX"), "no recurrence rule"),
         (ruled("FREQ=DAILY;FOO=1"), "no recurrence rule"),
