@@ -47,7 +47,7 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
     warnings += [f"access rule: {line}" for line in report["access"]["shadowed"]]
-    warnings += [*_tables(report, settings), *_overrides(report)]
+    warnings += [*_tables(report), *_forbidden(report, settings), *_overrides(report)]
     warnings += [*_migration(report), *_waiting(report)]
     return {"problems": problems, "warnings": warnings}
 
@@ -227,10 +227,13 @@ def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield True, f"data checksums failed {capacity['checksum_failures']} times"
 
 
-def _tables(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+def _tables(report: dict[str, Any]) -> Iterator[str]:
     missing = report["tables"]["missing"]
     if missing:
         yield f"tables are missing: {', '.join(missing)}"
+
+
+def _forbidden(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     forbidden = [
         f"{row['name']} of {row['owner']} (no {', '.join(row['lacking'])})"
         for row in report["tables"]["forbidden"] or []
