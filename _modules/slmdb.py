@@ -124,10 +124,30 @@ def schema() -> dict[str, Any]:
     return {"database": where, "tables": tables, "expected": expected, "missing": missing}
 
 
+def holds_secret(name: str, value: Any) -> bool:
+    """
+    Tell whether a PostgreSQL setting may hold a password, so that its value is not shown.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb.holds_secret primary_conninfo host=a
+
+    name
+        Name of the setting.
+    value
+        Its value.
+
+    Returns a boolean. Raises nothing.
+    """
+    return bool(SENSITIVE.search(str(name))) or "password" in str(value).lower()
+
+
 def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
     shown = copy.deepcopy(settings)
     for name, value in shown["settings"].items():
-        if SENSITIVE.search(str(name)) or "password" in str(value).lower():
+        if holds_secret(name, value):
             shown["settings"][name] = HIDDEN
     return shown
 

@@ -1,5 +1,6 @@
 """
-The application's database and the extra ones: owner, extensions, and what PUBLIC may not do.
+The application's database and the extra ones: owner, extensions, what the owner may do and PUBLIC
+may not, and that connections are let in.
 """
 
 from __future__ import annotations
@@ -12,15 +13,28 @@ READ = """
 SELECT d.datname AS name, pg_get_userbyid(d.datdba) AS owner,
        pg_encoding_to_char(d.encoding) AS encoding, d.datcollate AS locale,
        EXISTS (SELECT FROM aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
-               WHERE a.grantee = 0 AND a.privilege_type IN ('CONNECT', 'TEMPORARY')) AS public
+               WHERE a.grantee = 0 AND a.privilege_type IN ('CONNECT', 'TEMPORARY')) AS public,
+       ARRAY(SELECT DISTINCT a.privilege_type
+               FROM aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
+              WHERE a.grantee = d.datdba ORDER BY 1) AS privileges,
+       d.datallowconn AS allow_connections, d.datconnlimit AS connection_limit
 FROM pg_database d WHERE d.datname = ANY(%s)
 """
 INSIDE = """
 SELECT has_schema_privilege('public', s.oid, 'CREATE') AS public_creates,
        pg_get_userbyid(s.nspowner) AS schema_owner,
+       ARRAY(SELECT DISTINCT a.privilege_type
+               FROM aclexplode(coalesce(s.nspacl, acldefault('n', s.nspowner))) a
+              WHERE a.grantee = s.nspowner ORDER BY 1) AS schema_privileges,
        ARRAY(SELECT extname::text FROM pg_extension) AS extensions
 FROM (SELECT 1) one LEFT JOIN pg_namespace s ON s.nspname = 'public'
 """
+# What every database of ours is, by the names that READ gives it, and in a report's words.
+OUTSIDE = {
+    "allow_connections": ("connections allowed", True),
+    "connection_limit": ("connection limit", -1),
+    "privileges": ("owner's privileges", ["CONNECT", "CREATE", "TEMPORARY"]),
+}
 
 
 def __virtual__() -> str:
@@ -63,7 +77,8 @@ def read(names: list[str]) -> dict[str, dict[str, Any]]:
         Names of databases.
 
     Returns those that exist, with ``owner``, ``encoding``, ``locale``, ``public`` (whether PUBLIC
-    may connect). Raises ``CommandExecutionError`` if the server does not answer.
+    may connect), ``privileges`` (the owner's), ``allow_connections`` and ``connection_limit``.
+    Raises ``CommandExecutionError`` if the server does not answer.
     """
     rows = __salt__["slmdb_server.query"](READ, [names])
     return {row.pop("name"): row for row in rows}
@@ -83,8 +98,9 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
         Names with their options; default: those of the settings.
 
     Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Encoding and locale of a
-    database that exists cannot be changed and are not among them (``slmdb_instance.report``).
-    Raises ``CommandExecutionError`` if the server does not answer.
+    database that exists cannot be changed and are not among them (``slmdb_instance.report``), nor
+    is what is inside of one that lets nobody in. Raises ``CommandExecutionError`` if the server
+    does not answer.
     """
     databases = wanted() if databases is None else databases
     present = read(list(databases))
@@ -95,13 +111,25 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
         if name not in present:
             changes[label] = {"old": None, "new": "present"}
             continue
-        if present[name]["owner"] != options["owner"]:
-            changes[f"{label}: owner"] = {"old": present[name]["owner"], "new": options["owner"]}
-        if present[name]["public"]:
-            changes[f"{label}: PUBLIC"] = {"old": "may connect", "new": "may not connect"}
-        changes.update(_inside(name, options))
+        found = _outside(present[name], options)
+        if present[name]["allow_connections"]:
+            found.update(_inside(name, options))
+        changes.update({f"{label}: {what}": change for what, change in found.items()})
         if name != ours:  # hundreds of databases would take all the connections that there are
             __salt__["slmdb_server.forget"](name)
+    return changes
+
+
+def _outside(found: dict[str, Any], options: dict[str, Any]) -> dict:
+    """What differs of a database that can be seen from any other."""
+    changes: dict = {}
+    if found["owner"] != options["owner"]:
+        changes["owner"] = {"old": found["owner"], "new": options["owner"]}
+    if found["public"]:
+        changes["PUBLIC"] = {"old": "may connect", "new": "may not connect"}
+    for name, (what, value) in OUTSIDE.items():
+        if found[name] != value:
+            changes[what] = {"old": found[name], "new": value}
     return changes
 
 
@@ -110,18 +138,16 @@ def _inside(name: str, options: dict[str, Any]) -> dict:
     row = __salt__["slmdb_server.query"](INSIDE, database=name)[0]
     changes: dict = {}
     if row["public_creates"]:
-        changes[f"database {name}: schema public"] = {
-            "old": "PUBLIC may create",
-            "new": "PUBLIC may not create",
-        }
+        changes["schema public"] = {"old": "PUBLIC may create", "new": "PUBLIC may not create"}
     if row["schema_owner"] not in (None, options["owner"]):
-        changes[f"database {name}: owner of schema public"] = {
-            "old": row["schema_owner"],
-            "new": options["owner"],
-        }
+        changes["owner of schema public"] = {"old": row["schema_owner"], "new": options["owner"]}
+    privileges = ["CREATE", "USAGE"]
+    if row["schema_owner"] and row["schema_privileges"] != privileges:
+        what = "owner's privileges in schema public"
+        changes[what] = {"old": row["schema_privileges"], "new": privileges}
     for extension in options["extensions"]:
         if extension not in row["extensions"]:
-            changes[f"database {name}: extension {extension}"] = {"old": None, "new": "present"}
+            changes[f"extension {extension}"] = {"old": None, "new": "present"}
     return changes
 
 
@@ -155,31 +181,47 @@ def apply(databases: dict[str, dict[str, Any]] | None = None) -> None:
 
     Returns nothing. Raises ``CommandExecutionError`` with the server's words.
     """
-    from psycopg2 import sql
-
     databases = wanted() if databases is None else databases
     present = read(list(databases))
     for name, options in databases.items():
         if name not in present:
             _create(name, options)
-        owner, database = sql.Identifier(options["owner"]), sql.Identifier(name)
-        outside = [
-            sql.SQL("ALTER DATABASE {} OWNER TO {}").format(database, owner),
-            sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database),
-        ]
-        __salt__["slmdb_server.execute"]([(statement, None) for statement in outside])
+        # First of all it must let in whoever looks at the rest.
+        __salt__["slmdb_server.execute"](_repairs_outside(name, options))
         inside = _inside(name, options)
-        statements = [
-            sql.SQL("CREATE EXTENSION IF NOT EXISTS {}").format(sql.Identifier(extension))
-            for extension in options["extensions"]
-        ]
-        if any(key.endswith("schema public") for key in inside):
-            statements.append(sql.SQL("ALTER SCHEMA public OWNER TO {}").format(owner))
-            statements.append(sql.SQL("REVOKE CREATE ON SCHEMA public FROM PUBLIC"))
         if inside:
-            __salt__["slmdb_server.execute"]([(one, None) for one in statements], database=name)
+            repairs = _repairs_inside(inside, options)
+            __salt__["slmdb_server.execute"](repairs, database=name)
         if name != __salt__["slmdb_pillar.get"]("database"):
             __salt__["slmdb_server.forget"](name)
+
+
+def _repairs_outside(name: str, options: dict[str, Any]) -> list[tuple]:
+    from psycopg2 import sql
+
+    owner, database = sql.Identifier(options["owner"]), sql.Identifier(name)
+    statements = [
+        sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true CONNECTION LIMIT -1").format(database),
+        sql.SQL("ALTER DATABASE {} OWNER TO {}").format(database, owner),
+        sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database),
+        sql.SQL("GRANT ALL ON DATABASE {} TO {}").format(database, owner),
+    ]
+    return [(statement, None) for statement in statements]
+
+
+def _repairs_inside(inside: dict, options: dict[str, Any]) -> list[tuple]:
+    from psycopg2 import sql
+
+    owner = sql.Identifier(options["owner"])
+    statements = [
+        sql.SQL("CREATE EXTENSION IF NOT EXISTS {}").format(sql.Identifier(extension))
+        for extension in options["extensions"]
+    ]
+    if any(what.endswith("schema public") for what in inside):
+        statements.append(sql.SQL("ALTER SCHEMA public OWNER TO {}").format(owner))
+        statements.append(sql.SQL("REVOKE CREATE ON SCHEMA public FROM PUBLIC"))
+        statements.append(sql.SQL("GRANT ALL ON SCHEMA public TO {}").format(owner))
+    return [(statement, None) for statement in statements]
 
 
 def drop(name: str) -> None:

@@ -52,19 +52,41 @@ SELECT current_setting('server_version') AS version,
                'failed_at', extract(epoch FROM last_failed_time)::float)
           FROM pg_stat_archiver) AS archiver,
        (SELECT rolcanlogin FROM pg_roles WHERE rolname = %(role)s) AS role_may_log_in,
+       (SELECT rolvaliduntil::text FROM pg_roles
+         WHERE rolname = %(role)s AND rolvaliduntil <= now()) AS role_expired,
+       -- As they come into force, each above those before it.
+       (SELECT json_agg(json_build_array(s.setconfig, concat(
+               CASE WHEN s.setrole <> 0 THEN 'ALTER ROLE ' || quote_ident(r.rolname)
+                    WHEN s.setdatabase = 0 THEN 'ALTER ROLE ALL' END,
+               CASE WHEN s.setdatabase = 0 THEN '' WHEN s.setrole = 0 THEN 'ALTER DATABASE '
+                    ELSE ' IN DATABASE ' END, quote_ident(d.datname)))
+               ORDER BY s.setrole <> 0, s.setdatabase <> 0)
+          FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole
+          LEFT JOIN pg_database d ON d.oid = s.setdatabase
+         WHERE (s.setrole = 0 OR r.rolname = %(role)s)
+           AND (s.setdatabase = 0 OR d.datname = %(database)s)) AS overrides,
        (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(database)s) AS owner
 """
 DATABASE = """
 SELECT CASE WHEN pg_relation_size('pg_catalog.pg_class') < %(large)s
             THEN pg_database_size(current_database()) END AS bytes
 """
-MISSING = """
-SELECT t AS name FROM unnest(%s::text[]) WITH ORDINALITY AS wanted(t, place) WHERE NOT EXISTS (
-       SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+# Of several tables of a name the one that the role may use; a role that is missing lacks nothing.
+TABLES = """
+SELECT t AS name, found.owner, found.lacking
+  FROM unnest(%(tables)s::text[]) WITH ORDINALITY AS wanted(t, place)
+  LEFT JOIN LATERAL (
+       SELECT ARRAY(SELECT p FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) p
+                     WHERE c.relowner <> r.oid AND NOT has_table_privilege(r.oid, c.oid, p)
+              ) AS lacking, pg_get_userbyid(c.relowner) AS owner
+         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         LEFT JOIN pg_roles r ON r.rolname = %(role)s
         WHERE c.relname = split_part(t, '.', CASE position('.' IN t) WHEN 0 THEN 1 ELSE 2 END)
           AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
           AND n.nspname NOT IN ('pg_catalog', 'information_schema')
-          AND (position('.' IN t) = 0 OR n.nspname = split_part(t, '.', 1)))
+          AND (position('.' IN t) = 0 OR n.nspname = split_part(t, '.', 1))
+        ORDER BY 1 LIMIT 1) found ON true
+ WHERE found.owner IS NULL OR found.lacking <> '{}'
  ORDER BY place
 """
 
@@ -247,7 +269,18 @@ def _knock(
 def _about_database(settings: dict[str, Any], moment: float) -> dict[str, Any]:
     where, tables = settings["database"], list(settings["health"]["tables"])
     row = _ask(DATABASE, {"large": LARGE_CATALOGUE}, where, moment)
-    return {**row, "missing": missing_tables(tables, where)}
+    rows = _tables(tables, where)
+    return {
+        **row,
+        "missing": [row["name"] for row in rows if row["owner"] is None],
+        "forbidden": [row for row in rows if row["owner"] is not None],
+    }
+
+
+def _tables(tables: list[str], database: str) -> list[dict[str, Any]]:
+    """The tables that are missing, without an owner, and those that the role may not use."""
+    values = {"tables": list(tables), "role": __salt__["slmdb_pillar.get"]("role")}
+    return __salt__["slmdb_server.query"](TABLES, values, database=database)
 
 
 def missing_tables(tables: list[str], database: str) -> list[str]:
@@ -267,8 +300,19 @@ def missing_tables(tables: list[str], database: str) -> list[str]:
 
     Returns those that are missing. Raises ``CommandExecutionError`` if it cannot be asked.
     """
-    rows = __salt__["slmdb_server.query"](MISSING, [list(tables)], database=database)
-    return [row["name"] for row in rows]
+    return [row["name"] for row in _tables(tables, database) if row["owner"] is None]
+
+
+def _overrides(row: dict[str, Any]) -> list[dict[str, str]]:
+    """What ALTER ROLE and ALTER DATABASE set for the application, each with what undoes it."""
+    found = []
+    for settings, command in row.get("overrides") or []:
+        for name, _, value in (one.partition("=") for one in settings):
+            # Whoever invents a setting, which has a dot, may keep anything in it.
+            hidden = "." in name or __salt__["slmdb.holds_secret"](name, value)
+            shown = "**********" if hidden else value
+            found.append({"name": name, "value": shown, "reset": f"{command} RESET {name}"})
+    return found
 
 
 def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, Any]) -> dict:
@@ -297,6 +341,8 @@ def _server(found: dict[str, Any], answer: dict[str, Any], unit: dict, row: dict
         "in_recovery": row.get("in_recovery"),
         "database_owner": row.get("owner"),
         "role_may_log_in": row.get("role_may_log_in"),
+        "role_expired": row.get("role_expired"),
+        "overrides": _overrides(row),
         "unit": unit,
     }
 
@@ -320,7 +366,7 @@ def empty() -> dict[str, Any]:
         "server": {},
         "access": {"addresses": [], "absent": [], "rule_errors": [], "shadowed": [], "matrix": []},
         "migration": {},
-        "tables": {"expected": [], "missing": None},
+        "tables": {"expected": [], "missing": None, "forbidden": None},
         "capacity": {},
         "secret": {},
         "backup": {},
@@ -398,7 +444,8 @@ def _fill(
         until(moment if row else time.monotonic())
         if row.get("owner"):
             inside = parts.get("database", _about_database, settings, moment, default={})
-            answer["tables"]["missing"] = inside.get("missing")
+            for what in ("missing", "forbidden"):
+                answer["tables"][what] = inside.get(what)
         if row:
             _fill_from_server(answer, parts)
         answer["secret"] = parts.get(

@@ -5,7 +5,7 @@ What of a health report is a problem, and what only deserves a warning. Nothing 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 __virtualname__ = "slmdb_health_verdict"
@@ -47,7 +47,8 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
     warnings += [f"access rule: {line}" for line in report["access"]["shadowed"]]
-    warnings += [*_tables(report), *_migration(report), *_waiting(report)]
+    warnings += [*_tables(report), *_forbidden(report, settings), *_overrides(report)]
+    warnings += [*_migration(report), *_waiting(report)]
     return {"problems": problems, "warnings": warnings}
 
 
@@ -87,6 +88,24 @@ def _inside(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
         yield f"role {settings['role']} does not exist; {APPLY} makes it"
     elif not server["role_may_log_in"]:
         yield f"role {settings['role']} may not log in"
+    if server["role_expired"]:
+        expired = server["role_expired"]
+        yield f"the password of role {settings['role']} expired at {expired}; {APPLY} renews it"
+    for row in _in_force(server["overrides"]):
+        if row["name"] == "default_transaction_read_only" and _is_on(row["value"]):
+            yield f"{row['name']} is on for the application, which may not write; {row['reset']}"
+
+
+def _in_force(overrides: list[dict[str, str]]) -> Iterable[dict[str, str]]:
+    """Of what is set more than once, the last."""
+    return {row["name"]: row for row in overrides}.values()
+
+
+def _is_on(value: str) -> bool:
+    """As PostgreSQL reads a boolean: any beginning of the words will do."""
+    given = value.strip().lower()
+    begun = given != "" and any(word.startswith(given) for word in ("true", "yes"))
+    return begun or given in ("on", "1")
 
 
 def _loopback(address: str) -> bool:
@@ -227,6 +246,24 @@ def _tables(report: dict[str, Any]) -> Iterator[str]:
     missing = report["tables"]["missing"]
     if missing:
         yield f"tables are missing: {', '.join(missing)}"
+
+
+def _forbidden(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    forbidden = [
+        f"{row['name']} of {row['owner']} (no {', '.join(row['lacking'])})"
+        for row in report["tables"]["forbidden"] or []
+    ]
+    if forbidden:
+        yield f"tables that role {settings['role']} may not use: {', '.join(forbidden)}"
+
+
+def _overrides(report: dict[str, Any]) -> Iterator[str]:
+    said = [
+        " ".join(f"{row['name']} = {row['value']} ({row['reset']})".split())
+        for row in report["server"]["overrides"]
+    ]
+    if said:
+        yield f"set above the configuration, by ALTER ROLE or ALTER DATABASE: {'; '.join(said)}"
 
 
 def _migration(report: dict[str, Any]) -> Iterator[str]:

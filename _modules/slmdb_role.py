@@ -23,13 +23,20 @@ ATTRIBUTES = {
     "bypassrls": ("rolbypassrls", "BYPASSRLS", "NOBYPASSRLS"),
     "inherit": ("rolinherit", "INHERIT", "NOINHERIT"),
 }
+# From 16 on a membership is one of its grantor, of which there may be several, and is taken away
+# by that name alone. Before, the grantor is a note that nothing depends on, of a role that may be
+# gone.
 READ = """
 SELECT rolname, rolcanlogin, rolsuper, rolcreatedb, rolcreaterole, rolreplication, rolbypassrls,
        rolinherit, rolconnlimit,
-       ARRAY(SELECT g.rolname::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
-             WHERE m.member = r.oid ORDER BY 1) AS member_of
+       CASE WHEN rolvaliduntil < 'infinity' THEN rolvaliduntil::text END AS valid_until,
+       ARRAY(SELECT json_build_object('group', pg_get_userbyid(m.roleid), 'admin', m.admin_option,
+                    'grantor', CASE WHEN current_setting('server_version_num')::int >= 160000
+                                    THEN pg_get_userbyid(m.grantor) END)
+             FROM pg_auth_members m WHERE m.member = r.oid) AS memberships
 FROM pg_roles r WHERE rolname = ANY(%s)
 """
+ADMIN = " with admin option"
 
 
 def __virtual__() -> str:
@@ -55,7 +62,7 @@ def wanted() -> dict[str, dict[str, Any]]:
         options = options or {}
         roles[name] = {
             "login": bool(options.get("secret") or options.get("password_pillar")),
-            "member_of": sorted(options.get("member_of") or []),
+            "member_of": list(options.get("member_of") or []),
             "connection_limit": options.get("connection_limit", -1),
         }
     return roles
@@ -74,22 +81,38 @@ def read(names: list[str]) -> dict[str, dict[str, Any]]:
     names
         Names of roles.
 
-    Returns those that exist, with the keys of ``wanted``. Raises ``CommandExecutionError`` if the
-    server does not answer.
+    Returns those that exist, with the keys of ``wanted``, ``valid_until`` (``None``: for ever) and
+    ``memberships`` (each with ``group``, ``admin`` and, from PostgreSQL 16 on, ``grantor``). Raises
+    ``CommandExecutionError`` if the server does not answer.
     """
     found = {}
     for row in __salt__["slmdb_server.query"](READ, [names]):
         role = {what: row[column] for what, (column, _, _) in ATTRIBUTES.items()}
-        role["member_of"] = row["member_of"]
+        held = {one["group"] + (ADMIN if one["admin"] else "") for one in row["memberships"]}
+        role["member_of"] = sorted(held)
+        role["memberships"] = row["memberships"]
         role["connection_limit"] = row["rolconnlimit"]
+        role["valid_until"] = row["valid_until"]
         found[row["rolname"]] = role
     return found
 
 
 def _complete(options: dict[str, Any]) -> dict[str, Any]:
-    """A wanted role with every attribute; memberships only where they are said."""
+    """A wanted role with every attribute, and with no membership but those that are said."""
     base: dict[str, Any] = {what: what == "inherit" for what in ATTRIBUTES}
-    return {**base, "connection_limit": -1, **options}
+    groups = sorted(set(options.get("member_of") or []))
+    return {**base, "connection_limit": -1, **options, "valid_until": None, "member_of": groups}
+
+
+def _unlike(options: dict[str, Any], found: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What of one role differs; a role that is missing does so as a whole, under no name."""
+    if found is None:
+        return {"": {"old": None, "new": "present"}}
+    return {
+        what: {"old": found[what], "new": value}
+        for what, value in _complete(options).items()
+        if found[what] != value
+    }
 
 
 def differences(roles: dict[str, dict[str, Any]] | None = None) -> dict:
@@ -112,31 +135,47 @@ def differences(roles: dict[str, dict[str, Any]] | None = None) -> dict:
     present = read(list(roles))
     changes: dict = {}
     for name, options in roles.items():
-        if name not in present:
-            changes[f"role {name}"] = {"old": None, "new": "present"}
-            continue
-        for what, value in _complete(options).items():
-            old = present[name][what]
-            if what == "member_of" and not set(value) - set(old):
-                continue
-            if old != value:
-                changes[f"role {name}: {what}"] = {"old": old, "new": value}
+        for what, change in _unlike(options, present.get(name)).items():
+            changes[f"role {name}: {what}" if what else f"role {name}"] = change
     return changes
 
 
-def _statements(name: str, options: dict[str, Any], exists: bool) -> list:
+def _attributes(name: str, options: dict[str, Any], exists: bool) -> tuple:
+    """The statement that makes a role, or gives it the wanted attributes."""
     from psycopg2 import sql
 
-    role = sql.Identifier(name)
     complete = _complete(options)
     words = [ATTRIBUTES[what][1 if complete[what] else 2] for what in ATTRIBUTES]
     # The connection limit is an integer by the pillar's check and is rendered as one.
     words.append(f"CONNECTION LIMIT {int(complete['connection_limit'])}")
-    verb = sql.SQL("ALTER ROLE {} " if exists else "CREATE ROLE {} ").format(role)
-    statements = [(verb + sql.SQL(" ".join(words)), None)]
-    for group in complete.get("member_of", []):
-        statements.append((sql.SQL("GRANT {} TO {}").format(sql.Identifier(group), role), None))
+    if exists:
+        words.append("VALID UNTIL 'infinity'")
+    verb = sql.SQL("ALTER ROLE {} " if exists else "CREATE ROLE {} ").format(sql.Identifier(name))
+    return verb + sql.SQL(" ".join(words)), None
+
+
+def _revokes(name: str, options: dict[str, Any], found: dict[str, Any] | None) -> list[tuple]:
+    """The statements that take away memberships, with what the role handed on by them."""
+    from psycopg2 import sql
+
+    groups, statements = _complete(options)["member_of"], []
+    for one in found["memberships"] if found else []:
+        if one["group"] in groups and not one["admin"]:
+            continue
+        group, role = sql.Identifier(one["group"]), sql.Identifier(name)
+        words = sql.SQL("REVOKE {} FROM {}").format(group, role)
+        if one["grantor"]:
+            words += sql.SQL(" GRANTED BY {}").format(sql.Identifier(one["grantor"]))
+        statements.append((words + sql.SQL(" CASCADE"), None))
     return statements
+
+
+def _grants(name: str, options: dict[str, Any]) -> list[tuple]:
+    from psycopg2 import sql
+
+    role, grant = sql.Identifier(name), sql.SQL("GRANT {} TO {}")
+    groups = _complete(options)["member_of"]
+    return [(grant.format(sql.Identifier(group), role), None) for group in groups]
 
 
 def apply(roles: dict[str, dict[str, Any]] | None = None) -> None:
@@ -156,15 +195,16 @@ def apply(roles: dict[str, dict[str, Any]] | None = None) -> None:
     then.
     """
     roles = wanted() if roles is None else roles
-    changed = {key.split(" ", 1)[1].rsplit(": ", 1)[0] for key in differences(roles)}
     present = read(list(roles))
-    created: list = []
-    altered: list = []
+    changed = [name for name in roles if _unlike(roles[name], present.get(name))]
+    made, taken, given = [], [], []
     for name in changed:
-        statements = _statements(name, roles[name], name in present)
-        created.append(statements[0])
-        altered += statements[1:]
-    __salt__["slmdb_server.execute"](created + altered)
+        made.append(_attributes(name, roles[name], name in present))
+        taken += _revokes(name, roles[name], present.get(name))
+    # What is taken from one may have been handed on to another, who is to keep it.
+    for name in roles if taken else changed:
+        given += _grants(name, roles[name])
+    __salt__["slmdb_server.execute"](made + taken + given)
 
 
 def drop(name: str) -> None:

@@ -13,7 +13,8 @@ def __virtual__() -> str:
 
 def present(name: str, databases: dict | None = None) -> dict:
     """
-    The databases exist with their owners and extensions, and PUBLIC has no rights in them.
+    The databases exist with their owners and extensions, let connections in, and give their owners
+    every right and PUBLIC none.
 
     name
         A sentence for the state's id; nothing depends on it.

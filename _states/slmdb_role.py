@@ -13,12 +13,13 @@ def __virtual__() -> str:
 
 def present(name: str, roles: dict | None = None) -> dict:
     """
-    The roles exist with exactly the wanted attributes.
+    The roles exist with exactly the wanted attributes and memberships, and do not expire.
 
     name
         A sentence for the state's id; nothing depends on it.
     roles
-        Role names with ``login``, ``member_of``, ``connection_limit``; default: the settings'.
+        Role names with ``login``, ``member_of`` (all there are: others are taken away, without
+        the key every one), ``connection_limit``; default: the settings'.
     """
     wanted = {} if roles is None else {"roles": roles}
     return __states__["slmdb.converge"](name, "slmdb_role", wanted, server=True)

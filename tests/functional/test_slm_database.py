@@ -71,6 +71,27 @@ def test_what_test_mode_announces_is_what_changes(host):
     assert changed(apply(host, test=True)) == set()
 
 
+@pytest.mark.once
+def test_an_application_that_is_locked_out_in_every_way_gets_in_again(applied):
+    """One run repairs it all: nothing that comes before needs the database that is closed."""
+    for drift in (
+        "ALTER ROLE autobot_slm VALID UNTIL '2020-01-01'",
+        "REVOKE ALL ON DATABASE autobot_slm FROM autobot_slm",
+        "ALTER DATABASE autobot_slm ALLOW_CONNECTIONS false CONNECTION LIMIT 0",
+    ):
+        applied.call("slmdb_server.execute", drift)
+    applied.tell(None)
+    announced = apply(applied, test=True)
+    assert failures(announced) == {}
+    wanted = {"The roles are present", "The databases are present"}
+    assert changed(announced) == wanted
+    assert not applied.call("slmdb.health")["healthy"]
+    made = apply(applied)
+    assert (failures(made), changed(made)) == ({}, wanted)
+    assert changed(apply(applied)) == set()
+    assert applied.call("slmdb.health")["problems"] == []
+
+
 def test_the_socket_answers(applied):
     """The health check of the deployment, letter for letter."""
     command = ["pg_isready", "-U", "autobot_slm", "-d", "autobot_slm"]

@@ -43,6 +43,10 @@ def test_the_database_belongs_to_its_role_and_not_to_public(host):
         "GRANT CONNECT ON DATABASE autobot_slm TO PUBLIC",
         "GRANT TEMPORARY ON DATABASE autobot_slm TO PUBLIC",
         "ALTER DATABASE autobot_slm OWNER TO postgres",
+        "REVOKE CONNECT ON DATABASE autobot_slm FROM autobot_slm",
+        "REVOKE ALL ON DATABASE autobot_slm FROM autobot_slm",
+        "ALTER DATABASE autobot_slm CONNECTION LIMIT 0",
+        "ALTER DATABASE autobot_slm ALLOW_CONNECTIONS false",
         "DROP DATABASE autobot_slm",
     ],
 )
@@ -60,14 +64,36 @@ def test_drift_outside_is_repaired(host, drift):
 
 @pytest.mark.parametrize(
     "drift",
-    ["GRANT CREATE ON SCHEMA public TO PUBLIC", "ALTER SCHEMA public OWNER TO postgres"],
+    [
+        "GRANT CREATE ON SCHEMA public TO PUBLIC",
+        "ALTER SCHEMA public OWNER TO postgres",
+        "REVOKE ALL ON SCHEMA public FROM autobot_slm",
+        "REVOKE USAGE ON SCHEMA public FROM autobot_slm",
+    ],
 )
 def test_drift_inside_is_repaired(host, drift):
     """The schema public is the owner's alone again."""
     host.call("slmdb_database.apply")
     host.call("slmdb_server.execute", drift, database="autobot_slm")
-    assert host.state("slmdb_database.present").result is True
+    announced = host.state("slmdb_database.present", test=True)
+    repaired = host.state("slmdb_database.present")
+    assert announced.result is None and announced.changes
+    assert (repaired.result, repaired.changes) == (True, announced.changes)
     assert host.call("slmdb_database.differences") == {}
+
+
+def test_a_further_database_that_lets_nobody_in(host):
+    """It is let in again before anybody looks inside, and all the rest is repaired in that run."""
+    databases = {"reports": {**BASE, "extensions": ["pg_trgm"]}}
+    host.state("slmdb_database.present", databases=databases)
+    host.call("slmdb_server.execute", "DROP EXTENSION pg_trgm", database="reports")
+    host.call("slmdb_server.forget")
+    host.call("slmdb_server.execute", "ALTER DATABASE reports ALLOW_CONNECTIONS false")
+    change = {"database reports: connections allowed": {"old": False, "new": True}}
+    assert host.state("slmdb_database.present", test=True, databases=databases).changes == change
+    repaired = host.state("slmdb_database.present", databases=databases)
+    assert (repaired.result, repaired.changes) == (True, change)
+    assert host.call("slmdb_database.differences", databases) == {}
 
 
 def test_a_database_without_schema_public_is_left_so(host):

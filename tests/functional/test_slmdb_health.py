@@ -28,6 +28,7 @@ KEYS = {
     "secret",
     "pending",
 }
+EVERYTHING = ["SELECT", "INSERT", "UPDATE", "DELETE"]
 # Far above the deadline of 2 s and far below what an unguarded wait takes: for ever.
 PATIENCE = 30
 
@@ -139,9 +140,29 @@ def test_missing_tables_are_a_warning(minion):
         assert ask(minion)["tables"] == {
             "expected": ["pages", "audit.events", "gone"],
             "missing": ["gone"],
+            "forbidden": [
+                {"name": name, "owner": "postgres", "lacking": EVERYTHING}
+                for name in ("pages", "audit.events")
+            ],
         }
     finally:
         execute(minion, "DROP SCHEMA audit CASCADE; DROP TABLE pages", "autobot_slm")
+
+
+def test_a_table_of_somebody_else_is_a_warning_unless_the_role_may_use_it(minion):
+    minion.tell({"slm_database": {"health": {"tables": ["pages"]}}})
+    execute(minion, "CREATE TABLE pages (id int)", "autobot_slm")
+    execute(minion, "GRANT SELECT, INSERT ON pages TO autobot_slm", "autobot_slm")
+    try:
+        line = "tables that role autobot_slm may not use: pages of postgres (no UPDATE, DELETE)"
+        assert line in ask(minion)["warnings"]
+        execute(minion, "GRANT UPDATE, DELETE ON pages TO autobot_slm", "autobot_slm")
+        assert ask(minion)["tables"] == {"expected": ["pages"], "missing": [], "forbidden": []}
+        execute(minion, "REVOKE ALL ON pages FROM autobot_slm", "autobot_slm")
+        execute(minion, "ALTER TABLE pages OWNER TO autobot_slm", "autobot_slm")
+        assert ask(minion)["tables"]["forbidden"] == []
+    finally:
+        execute(minion, "DROP TABLE pages", "autobot_slm")
 
 
 @pytest.mark.once
@@ -210,6 +231,55 @@ def test_a_role_that_is_changed_behind_our_back(minion):
         assert "role autobot_slm may not log in" in problems(minion)
     finally:
         execute(minion, "ALTER ROLE autobot_slm LOGIN")
+
+
+def test_a_role_that_expired(minion):
+    execute(minion, "ALTER ROLE autobot_slm VALID UNTIL '2020-01-01'")
+    try:
+        assert "the password of role autobot_slm expired at 2020-01-01" in problems(minion)
+        execute(minion, "ALTER ROLE autobot_slm VALID UNTIL '2999-01-01'")
+        assert problems(minion) == ""
+    finally:
+        execute(minion, "ALTER ROLE autobot_slm VALID UNTIL 'infinity'")
+
+
+OVERRIDES = [
+    ("ALTER ROLE ALL", "work_mem", "8MB", "8MB"),
+    ("ALTER DATABASE autobot_slm", "search_path", "nowhere", "nowhere"),
+    ("ALTER ROLE autobot_slm", "app.key", "canary", "**********"),
+    ("ALTER ROLE autobot_slm IN DATABASE autobot_slm", "work_mem", "9MB", "9MB"),
+]
+
+
+def test_settings_for_the_application_alone_are_one_warning(minion):
+    """With what takes each away; those for somebody else are none of it."""
+    execute(minion, "ALTER ROLE postgres SET work_mem = '7MB'")
+    execute(minion, "ALTER DATABASE postgres SET work_mem = '7MB'")
+    for command, name, value, _ in OVERRIDES:
+        execute(minion, f"{command} SET {name} = '{value}'")
+    try:
+        answer = ask(minion)
+        assert answer["healthy"]
+        assert "canary" not in json.dumps(answer)
+        said = "; ".join(f"{n} = {v} ({c} RESET {n})" for c, n, _, v in OVERRIDES)
+        assert [line for line in answer["warnings"] if line.endswith(f": {said}")]
+    finally:
+        for row in answer["server"]["overrides"]:
+            execute(minion, row["reset"])
+        execute(minion, "ALTER ROLE postgres RESET ALL")
+        execute(minion, "ALTER DATABASE postgres RESET ALL")
+    assert ask(minion)["server"]["overrides"] == []
+
+
+@pytest.mark.parametrize("whom", ["ROLE autobot_slm", "DATABASE autobot_slm"])
+def test_an_application_that_may_only_read_is_a_problem(minion, whom):
+    execute(minion, f"ALTER {whom} SET default_transaction_read_only = on")
+    try:
+        said = problems(minion)
+        assert "default_transaction_read_only is on for the application" in said
+        assert f"ALTER {whom} RESET default_transaction_read_only" in said
+    finally:
+        execute(minion, f"ALTER {whom} RESET default_transaction_read_only")
 
 
 def test_a_password_that_is_changed_behind_our_back(minion):

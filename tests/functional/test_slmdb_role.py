@@ -36,6 +36,9 @@ def test_a_second_apply_changes_nothing(server):
         "ALTER ROLE autobot_slm CREATEDB CREATEROLE",
         "ALTER ROLE autobot_slm NOLOGIN",
         "ALTER ROLE autobot_slm CONNECTION LIMIT 3",
+        "ALTER ROLE autobot_slm VALID UNTIL '2020-01-01'",
+        "GRANT postgres TO autobot_slm",
+        "GRANT pg_monitor TO autobot_slm WITH ADMIN OPTION",
         "DROP ROLE autobot_slm",
     ],
 )
@@ -48,6 +51,56 @@ def test_drift_is_repaired(server, drift):
     repaired = server.state("slmdb_role.present")
     assert (repaired.result, repaired.changes) == (True, announced.changes)
     assert server.call("slmdb_role.differences") == {}
+
+
+def test_for_ever_may_be_said_or_not(server):
+    """No end and an end at infinity are the same to the server."""
+    server.state("slmdb_role.present")
+    server.call("slmdb_server.execute", "ALTER ROLE autobot_slm VALID UNTIL 'infinity'")
+    assert server.call("slmdb_role.differences") == {}
+
+
+def test_memberships_are_exactly_those_that_are_asked_for(server):
+    """What pillar no longer says is taken away, what it says twice or in any order is one."""
+    groups = ["pg_monitor", "pg_signal_backend", "pg_monitor"]
+    server.state("slmdb_role.present", roles={"reporting": {"member_of": groups}})
+    assert server.call("slmdb_role.differences", {"reporting": {"member_of": groups}}) == {}
+    roles = {"reporting": {"member_of": ["pg_signal_backend"]}}
+    announced = server.state("slmdb_role.present", test=True, roles=roles)
+    assert announced.changes == {
+        "role reporting: member_of": {
+            "old": ["pg_monitor", "pg_signal_backend"],
+            "new": ["pg_signal_backend"],
+        }
+    }
+    assert len(server.call("slmdb_role.read", ["reporting"])["reporting"]["member_of"]) == 2
+    assert server.state("slmdb_role.present", roles=roles).changes == announced.changes
+    assert server.state("slmdb_role.present", roles=roles).changes == {}
+
+
+def test_a_membership_with_admin_option_becomes_a_plain_one(server):
+    """And whoever had it from the role by that option, and is to have it, has it still."""
+    roles = {"leader": {"member_of": ["pg_monitor"]}, "other": {"member_of": ["pg_monitor"]}}
+    server.state("slmdb_role.present", roles={**roles, "other": {}})
+    for statement in (
+        "GRANT pg_monitor TO leader WITH ADMIN OPTION",
+        "SET ROLE leader; GRANT pg_monitor TO other; RESET ROLE",
+    ):
+        server.call("slmdb_server.execute", statement)
+    repaired = server.state("slmdb_role.present", roles=roles)
+    assert (repaired.result, list(repaired.changes)) == (True, ["role leader: member_of"])
+    assert server.call("slmdb_role.differences", roles) == {}
+
+
+def test_names_like_labels(server):
+    """A name may hold what stands between a role and what of it differs."""
+    roles = {"a: b": {"login": True}, "a": {}, ": member_of": {}}
+    announced = server.state("slmdb_role.present", test=True, roles=roles)
+    made = server.state("slmdb_role.present", roles=roles)
+    assert (made.result, made.changes) == (True, announced.changes)
+    server.call("slmdb_server.execute", 'ALTER ROLE "a: b" CREATEDB')
+    repaired = server.state("slmdb_role.present", roles=roles)
+    assert (repaired.result, list(repaired.changes)) == (True, ["role a: b: createdb"])
 
 
 def test_a_group_that_does_not_exist_is_the_server_s_one_line(server):

@@ -22,6 +22,8 @@ WELL = {
         "in_recovery": False,
         "database_owner": "autobot_slm",
         "role_may_log_in": True,
+        "role_expired": None,
+        "overrides": [],
         "unit": {
             "name": "autobot-slm-database",
             "state": "active",
@@ -31,7 +33,7 @@ WELL = {
     },
     "access": {"addresses": ["127.0.0.1", "::1"], "rule_errors": [], "shadowed": [], "matrix": []},
     "migration": {"state": "up to date", "heads": ["a1"], "comment": "well"},
-    "tables": {"expected": ["nodes"], "missing": []},
+    "tables": {"expected": ["nodes"], "missing": [], "forbidden": []},
     "capacity": {
         "connections": {"used": 5, "allowed": 100, "reserved": 3},
         "disk": {"data": {"path": "/data", "free_bytes": 1, "free_percent": 50.0}, "wal": None},
@@ -117,6 +119,7 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("server.database_owner", "other", "belongs to other, not to autobot_slm"),
         ("server.role_may_log_in", None, "role autobot_slm does not exist"),
         ("server.role_may_log_in", False, "may not log in"),
+        ("server.role_expired", "2020-01-01 00:00:00+00", "expired at 2020-01-01 00:00:00+00"),
         ("access.addresses", ["0.0.0.0", "127.0.0.1", "::1"], "at 0.0.0.0, off loopback"),
         ("configuration", ["file, line 2: bad"], "configuration: file, line 2: bad"),
         ("access.rule_errors", ["file, line 3: bad"], "access rule: file, line 3: bad"),
@@ -160,6 +163,16 @@ def test_a_problem(judge, path, value, words):
         ("capacity.oldest_prepared", {"name": "x", "seconds": 4000}, "prepared transaction x"),
         ("capacity.transaction_id_age", 1_100_000_000, "vacuum does not keep up"),
         ("tables.missing", ["nodes", "deployments"], "tables are missing: nodes, deployments"),
+        (
+            "tables.forbidden",
+            [{"name": "nodes", "owner": "postgres", "lacking": ["UPDATE", "DELETE"]}],
+            "role autobot_slm may not use: nodes of postgres (no UPDATE, DELETE)",
+        ),
+        (
+            "server.overrides",
+            [{"name": "work_mem", "value": "1\nMB", "reset": "ALTER ROLE a RESET work_mem"}],
+            "work_mem = 1 MB (ALTER ROLE a RESET work_mem)",
+        ),
         ("migration", {"state": "behind", "heads": ["b"], "comment": "waiting: b"}, "waiting: b"),
         ("migration", {"state": "unknown", "heads": None, "comment": "broken"}, "broken"),
         ("migration", {"state": "up to date", "heads": ["a", "b"], "comment": "two"}, "two"),
@@ -176,6 +189,26 @@ def test_a_warning(judge, path, value, words):
     said = judge(path, value)
     assert said["problems"] == []
     assert any(words in line for line in said["warnings"]), said
+
+
+@pytest.mark.parametrize(
+    ("values", "grave"),
+    [
+        (["on"], True),
+        (["TR"], True),
+        (["1"], True),
+        (["of"], False),
+        ([""], False),
+        (["on", "off"], False),
+        (["off", "yes"], True),
+    ],
+)
+def test_the_last_word_on_reading_only_counts(judge, values, grave):
+    name = "default_transaction_read_only"
+    rows = [{"name": name, "value": value, "reset": f"RESET {name}"} for value in values]
+    said = judge("server.overrides", rows)
+    assert bool(said["problems"]) is grave
+    assert len(said["warnings"]) == 1
 
 
 @pytest.mark.parametrize(
