@@ -208,8 +208,8 @@ def before_change() -> str | None:
         salt-call slmdb_backup.before_change
 
     One repository that has it is enough; another that failed is named in the log. A backup that is
-    being made is waited for, up to an hour. Returns its label; ``None`` if ``backup:enabled`` is false or the server does not archive before its next
-    restart. Raises what ``create`` raises.
+    being made is waited for, up to an hour. Returns its label; ``None`` if ``backup:enabled`` is
+    false or the server does not archive before its next restart. Raises what ``create`` raises.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled") or parked():
         return None
