@@ -179,7 +179,9 @@ def kept() -> list[str]:
     lines = []
     if found["exists"]:
         name = f"{found['version']}/{found['name']}"
-        lines.append(f"kept: instance {name} with its data (slm_database:clean:data)")
+        why = __salt__["slmdb_instance.why_kept"]()
+        said = f"instance {name} with its data (slm_database:clean:data)"
+        lines.append(f"kept: {why or said}")
     if __salt__["slmdb_server.available"]():
         roles = __salt__["slmdb_role.read"](list(__salt__["slmdb_role.wanted"]()))
         lines += [f"kept: role {role} (slm_database:clean:role)" for role in sorted(roles)]
