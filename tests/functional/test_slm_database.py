@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,31 @@ def test_a_parked_port_is_no_problem_and_comes_with_a_permitted_restart(applied,
     minion.tell({"slm_database": settings})
     assert changed(apply(minion)) <= {"The settings are recorded"}
     assert minion.call("slmdb.health", timeout=15)["healthy"] is True
+
+
+SERVER_S = ("The roles are present", "The password is persisted", "The databases are present")
+
+
+def test_a_stopped_server_hides_no_changes_that_are_none(applied):
+    """What test mode announces of a host that was applied before is that the server starts."""
+    applied.call("slmdb_server.forget")
+    applied.call("slmdb_service.stop")
+    announced = apply(applied, test=True)
+    for name in SERVER_S:
+        assert announced[name]["result"] is True
+        assert announced[name]["comment"] == "Cannot be compared while the server is stopped."
+    made = apply(applied)
+    assert failures(made) == {}
+    assert changed(made) == changed(announced) != set()
+
+
+def test_a_server_that_does_not_let_us_in_is_not_called_stopped(applied):
+    """It runs: to say that it does not would send the operator the wrong way."""
+    rules = Path("/etc/postgresql/15/main/pg_hba.conf")
+    rules.write_text("local all all reject\n")
+    applied.call("slmdb_server.execute", "SELECT pg_reload_conf()")
+    applied.call("slmdb_server.forget")
+    time.sleep(0.5)
+    answer = applied.state("slmdb_role.present", test=True)
+    assert (answer.result, answer.changes) == (True, {})
+    assert answer.comment == "Cannot be compared while the server runs but does not let us in."
