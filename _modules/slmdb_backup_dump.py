@@ -60,6 +60,25 @@ def list_() -> list[dict[str, Any]]:
     return [_row(name) for name in names]
 
 
+def holds(path: str) -> bool:
+    """
+    Tell whether a directory is a dump or holds some, wherever pillar has them now.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_dump.holds /var/lib/autobot-slm-database/dumps
+
+    path
+        The directory; of anything else the answer is no.
+
+    Returns a boolean. Raises nothing.
+    """
+    places = (os.path.basename(where) for where, _, _ in os.walk(path))
+    return any(NAME.fullmatch(name) for name in places)
+
+
 def _row(name: str) -> dict[str, Any]:
     path = os.path.join(_path(), name)
     moment = time.strptime(name, "%Y%m%dT%H%M%SZ")

@@ -18,6 +18,7 @@ __virtualname__ = "slmdb_instance"
 
 NAME = "main"
 UNIT = "autobot-slm-database"
+NAMED = 5  # of what keeps an instance, in one line
 # Any of these is where the application, and the formula's own login, connect.
 FOR_THE_APPLICATION = {"*", "0.0.0.0", "127.0.0.1", "localhost"}
 CONFIGURATION = "/etc/postgresql"
@@ -77,7 +78,18 @@ def version() -> str:
 
     Returns a string such as ``15``. Raises ``CommandExecutionError`` if pillar asks for another
     major than the one that exists, or the distribution is unknown and pillar names none.
+
+    A run that saw an instance keeps its major, for a clean has more to undo when it is dropped.
     """
+    if "slmdb_major" in __context__:
+        return __context__["slmdb_major"]
+    major = _version()
+    if "slmdb_run" in __context__ and major in _existing():
+        __context__["slmdb_major"] = major
+    return major
+
+
+def _version() -> str:
     asked = __salt__["slmdb_pillar.get"]("version")
     existing = _existing()
     if existing and asked and str(asked) not in existing:
@@ -479,18 +491,38 @@ def report() -> list[str]:
     return lines
 
 
-def _others() -> list[str]:
-    """Databases that are neither ours nor PostgreSQL's own."""
-    ours = [*__salt__["slmdb_database.wanted"](), "postgres", "template0", "template1"]
-    rows = __salt__["slmdb_server.query"](
-        "SELECT datname FROM pg_database WHERE NOT datname = ANY(%s) ORDER BY 1", [ours]
-    )
-    return [row["datname"] for row in rows]
+def why_kept() -> str | None:
+    """
+    Say why the instance stays although ``slm_database:clean:data`` is set.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.why_kept
+
+    Returns one line with what to do; ``None`` if nothing keeps it, or nobody asked. Raises
+    ``CommandExecutionError`` if the server does not answer.
+    """
+    found = facts()
+    get = __salt__["slmdb_pillar.get"]
+    if not found["exists"] or not get("clean", "data"):
+        return None
+    stays = f"instance {found['version']}/{NAME} stays"
+    if not get("clean", "role"):
+        return f"{stays}: its roles would go with it; slm_database:clean:role gives them up"
+    if not __salt__["slmdb_server.available"]():
+        return f"{stays}: the server cannot be asked what is in it; start it, and clean again"
+    others = __salt__["slmdb_foreign.found"]()
+    if not others:
+        return None
+    more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+    return f"{stays}: it holds {', '.join(others[:NAMED])}{more}; drop that, and clean again"
 
 
 def leftovers() -> dict:
     """
-    Name the instance if ``slm_database:clean:data`` gives it up and nobody else's data is in it.
+    Name the instance if ``slm_database:clean`` gives up data and roles and nobody else's are in it.
 
     CLI Example:
 
@@ -498,14 +530,15 @@ def leftovers() -> dict:
 
         salt-call slmdb_instance.leftovers
 
-    Returns ``{what: {"old": …, "new": …}}``, empty without that key, without an instance, or if
-    it holds databases that are not ours (a stopped one counts as such). Raises
+    Returns ``{what: {"old": …, "new": …}}``, empty without these keys, without an instance, or if
+    it holds anything that is not ours (a stopped one counts as such). Raises
     ``CommandExecutionError`` if the server does not answer.
     """
     found = facts()
-    if not found["exists"] or not __salt__["slmdb_pillar.get"]("clean", "data"):
-        return {}
-    if not __salt__["slmdb_server.available"]() or _others():
+    asked = found["exists"] and __salt__["slmdb_pillar.get"]("clean", "data")
+    # The packages' own clean goes by this: in test mode the instance is still there.
+    __context__["slmdb_given_up"] = bool(asked and not why_kept())
+    if not __context__["slmdb_given_up"]:
         return {}
     return {f"instance {found['version']}/{NAME}": {"old": "present", "new": "absent"}}
 

@@ -252,19 +252,24 @@ def leftovers() -> dict:
         salt-call slmdb_package.leftovers
 
     Returns ``{what: {"old": …, "new": …}}``, empty if there is nothing to undo. Raises
-    ``CommandExecutionError`` if packages are to go while an instance is there.
+    ``CommandExecutionError`` if packages are to go while an instance is there that stays.
     """
     changes = __salt__["slmdb_file.differences"](no_cluster()[0], None)
     if __salt__["slmdb_pillar.get"]("clean", "packages"):
-        if __salt__["slmdb_instance.facts"]()["exists"]:
-            raise CommandExecutionError(
-                "slm_database:clean:packages: an instance is there and needs them; "
-                "slm_database:clean:data gives it up first"
-            )
+        if not __context__.get("slmdb_given_up"):
+            _refuse_beside_an_instance()
         installed = __salt__["pkg.list_pkgs"]()
         wanted = [name for name in names() if name in installed]
         changes.update({name: {"old": "installed", "new": None} for name in wanted})
     return changes
+
+
+def _refuse_beside_an_instance() -> None:
+    if __salt__["slmdb_instance.facts"]()["exists"]:
+        raise CommandExecutionError(
+            "slm_database:clean:packages: an instance is there and needs them; "
+            "slm_database:clean:data and role give it up first"
+        )
 
 
 def remove() -> None:
@@ -277,10 +282,13 @@ def remove() -> None:
 
         salt-call slmdb_package.remove
 
-    Returns nothing. Raises ``CommandExecutionError`` if apt fails.
+    Returns nothing. Raises ``CommandExecutionError`` if apt fails, or if an instance is still there
+    that was to be given up.
     """
     path, _ = no_cluster()
     installed = [what for what in leftovers() if what != path]
+    if installed:
+        _refuse_beside_an_instance()
     __salt__["slmdb_file.remove"](path)
     if installed:
         __salt__["pkg.remove"](pkgs=installed)

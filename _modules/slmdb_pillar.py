@@ -180,7 +180,8 @@ def begin_run() -> None:
     """
     __context__["slmdb_run"] = True
     __context__.pop("slmdb_defaults", None)
-    __context__.pop("slmdb_settings", None)
+    for known in ("slmdb_settings", "slmdb_major", "slmdb_given_up"):
+        __context__.pop(known, None)
     __salt__["slmdb_sync.remember"]()
 
 

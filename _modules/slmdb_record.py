@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import time
 
@@ -14,6 +15,18 @@ __virtualname__ = "slmdb_record"
 
 DIRECTORY = "/var/lib/autobot-slm-database"
 INSTALLED = f"{DIRECTORY}/installed"
+# All that the formula writes there, by the path below it. What is not listed is somebody's: a dump
+# from a time when pillar named another place, a copy for another host.
+FILES = re.compile(
+    r"(settings|pending|copy|drill|packages|recovery|verified|repositories|repository-2)\.json"
+    r"|installed|drill\.lock|logins\.seen|backups-since"
+    r"|last-good/(conf|hba|ident)|original/[^/]+\.conf"
+    r"|pgbackrest/lock/[^/]+\.(lock|stop)|pgbackrest/spool/archive/[^/]+/(in|out)/[^/]+"
+    r"|((last-good|original)/)?\.slmdb-[^/]+"
+)
+TREES = re.compile(r"last-good|original|pgbackrest(/lock|/spool(/archive(/[^/]+(/(in|out))?)?)?)?")
+# The Salt of bin/apply, and the copies that the timers ran: not this module's to remove.
+OTHERS = ("salt", "formula")
 
 
 def __virtual__() -> str:
@@ -78,7 +91,8 @@ def leftovers() -> dict:
     Returns ``{what: {"old": …, "new": …}}``, empty if there is nothing to undo. Raises
     ``CommandExecutionError`` if a file cannot be read.
     """
-    return {path: {"old": "present", "new": "absent"} for path in _state_files()}
+    own, _ = _sorted(DIRECTORY)
+    return {path: {"old": "present", "new": "absent"} for path in own}
 
 
 def remove() -> None:
@@ -93,22 +107,59 @@ def remove() -> None:
 
     Returns nothing. Raises ``CommandExecutionError`` if a file cannot be removed.
     """
-    for path in _state_files():
-        if os.path.isdir(path):
+    own, _ = _sorted(DIRECTORY)
+    for path in own:
+        if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:
             __salt__["slmdb_file.remove"](path)
 
 
-def _state_files() -> list[str]:
-    """All that the formula remembers; the Salt of bin/apply and the dumps beside it stay."""
-    dumps = __salt__["slmdb_pillar.get"]("backup", "dump", "path")
+def _sorted(directory: str) -> tuple[list[str], list[str]]:
+    """What below a directory the formula wrote, and what it did not."""
+    own: list[str] = []
+    foreign: list[str] = []
+    for entry in _entries(directory):
+        below = os.path.relpath(entry.path, DIRECTORY)
+        if below in OTHERS:
+            continue
+        if not entry.is_dir(follow_symlinks=False):
+            (own if FILES.fullmatch(below) else foreign).append(entry.path)
+        elif TREES.fullmatch(below):
+            inside, strange = _sorted(entry.path)
+            own += inside if strange else [entry.path]
+            foreign += strange
+        else:
+            foreign.append(entry.path)
+    return own, foreign
+
+
+def _entries(directory: str) -> list[os.DirEntry]:
     try:
-        names = sorted(os.listdir(DIRECTORY))
+        with os.scandir(directory) as found:
+            return sorted(found, key=lambda entry: entry.name)
     except FileNotFoundError:
         return []
-    paths = [f"{DIRECTORY}/{name}" for name in names if name != "salt"]
-    return [path for path in paths if not f"{dumps}/".startswith(f"{path}/")]
+
+
+def spared() -> list[str]:
+    """
+    Name what is in the formula's own directory and not its own: a clean leaves it where it is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_record.spared
+
+    Returns one line per path; empty if there is none. Raises nothing.
+    """
+    _, foreign = _sorted(DIRECTORY)
+    lines = []
+    for path in foreign:
+        what = "dumps" if __salt__["slmdb_backup_dump.holds"](path) else "not the formula's record"
+        lines.append(f"left: {path} ({what}: remove by hand)")
+    return lines
 
 
 def kept() -> list[str]:
@@ -128,7 +179,9 @@ def kept() -> list[str]:
     lines = []
     if found["exists"]:
         name = f"{found['version']}/{found['name']}"
-        lines.append(f"kept: instance {name} with its data (slm_database:clean:data)")
+        why = __salt__["slmdb_instance.why_kept"]()
+        said = f"instance {name} with its data (slm_database:clean:data)"
+        lines.append(f"kept: {why or said}")
     if __salt__["slmdb_server.available"]():
         roles = __salt__["slmdb_role.read"](list(__salt__["slmdb_role.wanted"]()))
         lines += [f"kept: role {role} (slm_database:clean:role)" for role in sorted(roles)]

@@ -19,6 +19,17 @@ def _answer(name: str, result: bool | None, comment: str, changes: dict | None =
     return {"name": name, "result": result, "comment": comment, "changes": changes or {}}
 
 
+def _unknown(name: str) -> dict:
+    """The answer of test mode where the server cannot be asked."""
+    found = __salt__["slmdb_instance.facts"]()
+    if found["exists"] and __salt__["slmdb_lastgood.exists"]():
+        why = "runs but does not let us in" if found["running"] else "is stopped"
+        return _answer(name, True, f"Cannot be compared while the server {why}.")
+    why = "runs but does not let us in" if found["running"] else "does not run yet"
+    changes = {name: {"old": None, "new": "decided when the server runs"}}
+    return _answer(name, None, f"The server {why}.", changes)
+
+
 def converge(
     name: str,
     noun: str,
@@ -37,7 +48,7 @@ def converge(
         Keyword arguments for both; empty: as the formula's settings say.
     server
         Whether a running server is needed: in test mode a host that has none yet is told that the
-        change waits for it.
+        change waits for it, one that was applied before that nothing can be compared.
     verbs
         The functions that compare and write; ``("leftovers", "remove")`` undoes the noun.
 
@@ -47,8 +58,7 @@ def converge(
     compare, write = (f"{noun}.{verb}" for verb in verbs)
     try:
         if server and __opts__["test"] and not __salt__["slmdb_server.available"]():
-            changes = {name: {"old": None, "new": "decided when the server runs"}}
-            return _answer(name, None, "The server does not run yet.", changes)
+            return _unknown(name)
         changes = __salt__[compare](**wanted)
         if not changes:
             return _answer(name, True, "Already as it should be.")

@@ -40,9 +40,12 @@ def port_available(name: str) -> dict:
 
 def absent(name: str) -> dict:
     """
-    The instance is gone where pillar says so.
+    The instance is gone where pillar says so; what keeps it is named.
 
     name
         A sentence for the state's id; nothing depends on it.
     """
-    return __states__["slmdb.converge"](name, "slmdb_instance", verbs=("leftovers", "remove"))
+    answer = __states__["slmdb.converge"](name, "slmdb_instance", verbs=("leftovers", "remove"))
+    if answer["result"] and not answer["changes"]:
+        answer["comment"] = __salt__["slmdb_instance.why_kept"]() or answer["comment"]
+    return answer

@@ -23,12 +23,14 @@ def present(name: str) -> dict:
 
 def absent(name: str) -> dict:
     """
-    Nothing is recorded of the last apply.
+    Nothing is recorded of the last apply; dumps and files of others stay and are named.
 
     name
         A sentence for the state's id; nothing depends on it.
     """
-    return __states__["slmdb.converge"](name, "slmdb_record", verbs=("leftovers", "remove"))
+    answer = __states__["slmdb.converge"](name, "slmdb_record", verbs=("leftovers", "remove"))
+    answer["comment"] = "\n".join([answer["comment"], *__salt__["slmdb_record.spared"]()])
+    return answer
 
 
 def kept(name: str) -> dict:

@@ -1,5 +1,5 @@
 #!yaml
-# Drops the instance, only with slm_database:clean:data and if nobody else's data is in it.
+# Drops the instance, only with slm_database:clean:data and role and if nothing of anybody else is in it.
 include:
   - slm_database.check
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -139,13 +140,76 @@ def test_clean_gives_up_what_pillar_names(applied, minions):
     assert not Path("/etc/autobot/slm-secrets.env").exists()
 
 
-def test_clean_spares_an_instance_with_somebody_else_s_data(applied, minions):
-    """A database that the formula does not know is reason enough to keep the instance."""
-    applied.call("slmdb_server.execute", "CREATE DATABASE precious")
-    minion = minions({"slm_database": {"clean": {"data": True}}})
+INSTANCE = "The instance is gone where pillar says so"
+
+
+@pytest.mark.parametrize(
+    "statement, name",
+    [
+        ("CREATE DATABASE precious", "database precious"),
+        ("CREATE ROLE precious LOGIN", "role precious"),
+        ("CREATE ROLE precious", "role precious"),
+        ("CREATE SCHEMA precious", "schema precious in database postgres"),
+        ("CREATE TABLE precious ()", "relation precious in database postgres"),
+        ("CREATE TYPE precious AS ENUM ('a')", "type precious in database postgres"),
+        ("SELECT lo_create(4711)", "large object 4711 in database postgres"),
+        ("CREATE FUNCTION precious() RETURNS int LANGUAGE sql AS 'SELECT 1'", "routine precious"),
+    ],
+)
+def test_clean_spares_an_instance_with_anything_of_somebody_else(applied, minions, statement, name):
+    """With every key: ours goes, the instance stays, and one line says why and what to do."""
+    applied.call("slmdb_server.execute", statement)
+    minion = minions({"slm_database": {"clean": {"data": True, "role": True}}})
+    announced = apply(minion, "slm_database.clean", test=True)
     cleaned = apply(minion, "slm_database.clean")
     assert failures(cleaned) == {}
-    assert list(minion.call("slmdb_database.read", ["precious", "autobot_slm"])) == ["precious"]
+    assert changed(cleaned) == changed(announced)
+    comment = cleaned[INSTANCE]["comment"]
+    assert comment == announced[INSTANCE]["comment"]
+    assert f"instance 15/main stays: it holds {name}" in comment and "\n" not in comment
+    assert minion.call("slmdb_foreign.found")[0].startswith(name)
+    assert minion.call("slmdb_database.read", ["autobot_slm"]) == {}
+    assert minion.call("slmdb_role.read", ["autobot_slm"]) == {}
+
+
+def test_clean_of_the_data_alone_keeps_every_role(applied, minions):
+    """Each by its own key: the instance would take the roles along."""
+    minion = minions({"slm_database": {"clean": {"data": True}}})
+    announced = apply(minion, "slm_database.clean", test=True)
+    cleaned = apply(minion, "slm_database.clean")
+    assert failures(cleaned) == {}
+    assert changed(cleaned) == changed(announced)
+    assert "slm_database:clean:role" in cleaned[INSTANCE]["comment"]
+    assert minion.call("slmdb_database.read", ["autobot_slm"]) == {}
+    assert list(minion.call("slmdb_role.read", ["autobot_slm"])) == ["autobot_slm"]
+
+
+def test_an_extension_s_members_are_nobody_s_data(applied, minions):
+    """pg_stat_statements in database postgres keeps no instance."""
+    applied.call("slmdb_server.execute", "CREATE EXTENSION IF NOT EXISTS pg_stat_statements")
+    minion = minions({"slm_database": {"clean": {"data": True, "role": True}}})
+    assert failures(apply(minion, "slm_database.clean")) == {}
+    assert not Path("/var/lib/postgresql/15/main").exists()
+
+
+EVERYTHING = {"data": True, "role": True, "secret": True, "packages": True}
+
+
+def test_clean_of_everything_is_announced(applied, minions):
+    """The instance that needs them goes in the same run; a booted host's packages go in earnest."""
+    minion = minions({"slm_database": {"clean": EVERYTHING}})
+    announced = apply(minion, "slm_database.clean", test=True)
+    assert failures(announced) == {}
+    packages = announced["The packages are as they were where pillar says so"]["changes"]
+    assert packages["postgresql-15"] == {"old": "installed", "new": None}
+
+
+def test_the_packages_stay_while_an_instance_needs_them(applied, minions):
+    """A role of somebody keeps the instance. In test mode only: the machine's packages are real."""
+    applied.call("slmdb_server.execute", "CREATE ROLE precious")
+    minion = minions({"slm_database": {"clean": EVERYTHING}})
+    announced = apply(minion, "slm_database.clean", test=True)
+    assert "an instance is there and needs them" in str(failures(announced))
 
 
 def test_a_wrong_pillar_touches_nothing(host, minions):
@@ -206,3 +270,31 @@ def test_a_parked_port_is_no_problem_and_comes_with_a_permitted_restart(applied,
     minion.tell({"slm_database": settings})
     assert changed(apply(minion)) <= {"The settings are recorded"}
     assert minion.call("slmdb.health", timeout=15)["healthy"] is True
+
+
+SERVER_S = ("The roles are present", "The password is persisted", "The databases are present")
+
+
+def test_a_stopped_server_hides_no_changes_that_are_none(applied):
+    """What test mode announces of a host that was applied before is that the server starts."""
+    applied.call("slmdb_server.forget")
+    applied.call("slmdb_service.stop")
+    announced = apply(applied, test=True)
+    for name in SERVER_S:
+        assert announced[name]["result"] is True
+        assert announced[name]["comment"] == "Cannot be compared while the server is stopped."
+    made = apply(applied)
+    assert failures(made) == {}
+    assert changed(made) == changed(announced) != set()
+
+
+def test_a_server_that_does_not_let_us_in_is_not_called_stopped(applied):
+    """It runs: to say that it does not would send the operator the wrong way."""
+    rules = Path("/etc/postgresql/15/main/pg_hba.conf")
+    rules.write_text("local all all reject\n")
+    applied.call("slmdb_server.execute", "SELECT pg_reload_conf()")
+    applied.call("slmdb_server.forget")
+    time.sleep(0.5)
+    answer = applied.state("slmdb_role.present", test=True)
+    assert (answer.result, answer.changes) == (True, {})
+    assert answer.comment == "Cannot be compared while the server runs but does not let us in."

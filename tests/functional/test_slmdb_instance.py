@@ -144,3 +144,19 @@ def test_a_stale_postmaster_pid_is_not_a_server(instance, minions):
     """A pid file that names a process which is no PostgreSQL is not believed."""
     Path(DATA, "postmaster.pid").write_text(f"1\n{DATA}\n1700000000\n5432\n/run/postgresql\n")
     assert minions().call("slmdb_instance.facts")["running"] is False
+
+
+def test_a_run_keeps_the_major_of_an_instance_that_it_drops(host):
+    """An adopted one of another major: its mask is still undone when it is gone."""
+    configuration = Path("/etc/postgresql/13/main")
+    mask = Path("/etc/systemd/system/postgresql@13-main.service")
+    configuration.mkdir(parents=True)
+    (configuration / "postgresql.conf").write_text("")
+    mask.symlink_to("/dev/null")
+    host.call("slmdb_pillar.begin_run")
+    assert host.call("slmdb_instance.version") == "13"
+    (configuration / "postgresql.conf").unlink()
+    assert host.call("slmdb_package.names")[0] == "postgresql-13"
+    assert mask.name in host.call("slmdb_unit.leftovers")
+    host.call("slmdb_pillar.begin_run")
+    assert host.call("slmdb_instance.version") == "15"

@@ -82,7 +82,11 @@ def test_clean_keeps_what_is_precious(applied_host):
     assert host.read(secret) == password
     assert database.health(host)[0] == 0
 
-    everything = "pillar={slm_database: {clean: {data: true, role: true, secret: true}}}"
+    keys = "{data: true, role: true, secret: true, packages: true}"
+    everything = f"pillar={{slm_database: {{clean: {keys}}}}}"
+    announced = database.apply_states(host, "slm_database.clean", everything, "test=True")
     states = database.apply_states(host, "slm_database.clean", everything)
-    assert database.failed(states) == {}
+    assert database.failed(announced) == database.failed(states) == {}
+    assert database.changed(announced) == database.changed(states)
+    assert host.run("ls /usr/lib/postgresql/*/bin/postgres", check=False).stdout == ""
     assert host.run(f"ls {secret} /var/lib/postgresql/*/main", check=False).stdout == ""
