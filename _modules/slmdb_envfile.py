@@ -21,6 +21,18 @@ _COMMENT = "#;"
 _ESCAPED_IN_DOUBLE_QUOTES = '"\\`$'
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _BARE_VALUE = re.compile(r"[A-Za-z0-9_./:@%+,^=-]+\Z")
+# What can be taken in one go: one character at a time, a large file would take seconds.
+_BLANK = re.compile(r"[ \t\n\r]*")
+_TO_LINE_END = re.compile(r"[^\\\n\r]*")
+_TO_EQUALS_SIGN = re.compile(r"[^=\n\r]*")
+_TO_SINGLE_QUOTE = re.compile(r"[^']*")
+_TO_DOUBLE_QUOTE = re.compile(r'[^"\\]*')
+# NUL, halves of a pair, and the code points that Unicode keeps from being characters.
+_NO_TEXT = re.compile(
+    "[\0\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+    + "]"
+)
 
 
 class Entry(NamedTuple):
@@ -56,6 +68,7 @@ class _Reader:
         self.text = text
         self.comments_continue = comments_continue
         self.position = 0
+        self.line, self.counted = 1, 0
 
     def entries(self) -> list[Entry]:
         found = []
@@ -68,18 +81,18 @@ class _Reader:
         return found
 
     def _skip_blank(self) -> bool:
-        while self.position < len(self.text) and self.text[self.position] in _WHITESPACE:
-            self.position += 1
+        self._run(_BLANK)
         return self.position < len(self.text)
 
     def _entry(
         self, key: str, value: str, start: int, value_start: int, closed: bool, assignment: bool
     ) -> Entry:
-        line = self.text.count("\n", 0, start) + 1
+        self.line += self.text.count("\n", self.counted, start)
+        self.counted = start
         return Entry(
             _decoded(key),
             _decoded(value),
-            line,
+            self.line,
             start,
             value_start,
             self.position,
@@ -93,22 +106,27 @@ class _Reader:
         self.position += len(character)
         return character
 
+    def _run(self, expression: re.Pattern[str]) -> str:
+        """Return the characters from here on that match, none if the first does not."""
+        before = self.position
+        self.position = expression.match(self.text, before).end()  # type: ignore[union-attr]
+        return self.text[before : self.position]
+
     def _comment(self, start: int) -> Entry:
-        while character := self._next():
-            if character == "\\":
-                if self._next() in _NEWLINE and not self.comments_continue:
-                    break
-            elif character in _NEWLINE:
+        self._run(_TO_LINE_END)
+        while self._next() == "\\":
+            if self._next() in _NEWLINE and not self.comments_continue:
                 break
+            self._run(_TO_LINE_END)
         return self._entry("#", "", start, start, True, False)
 
     def _line(self, start: int) -> Entry:
-        while (character := self._next()) != "=" or self.position == start + 1:
-            if not character or character in _NEWLINE:
-                closed = bool(character)
-                return self._entry(
-                    self.text[start : self.position], "", start, start, closed, False
-                )
+        self._next()  # an equals sign that comes first ends no name
+        self._run(_TO_EQUALS_SIGN)
+        character = self._next()
+        if character != "=":
+            name = self.text[start : self.position]
+            return self._entry(name, "", start, start, bool(character), False)
         key = self.text[start : self.position - 1].rstrip(_WHITESPACE)
         value_start = self.position
         value, closed = self._value()
@@ -135,47 +153,32 @@ class _Reader:
                 return value, False
 
     def _single_quoted(self) -> tuple[str, bool]:
-        value = ""
-        while character := self._next():
-            if character == "'":
-                return value, True
-            value += character
-        return value, False
+        value = self._run(_TO_SINGLE_QUOTE)
+        return value, bool(self._next())
 
     def _double_quoted(self) -> tuple[str, bool]:
-        value = ""
-        while character := self._next():
-            if character == '"':
-                return value, True
-            if character == "\\":
-                character = self._next()
-                if not character:
-                    return value, False
-                if character == "\n":
-                    continue
-                if character not in _ESCAPED_IN_DOUBLE_QUOTES:
-                    value += "\\"
-            value += character
-        return value, False
+        value = self._run(_TO_DOUBLE_QUOTE)
+        while (character := self._next()) == "\\":
+            character = self._next()
+            if not character:
+                return value, False
+            if character != "\n":
+                value += character if character in _ESCAPED_IN_DOUBLE_QUOTES else f"\\{character}"
+            value += self._run(_TO_DOUBLE_QUOTE)
+        return value, bool(character)
 
     def _bare(self, value: str) -> tuple[str, bool]:
         """Read the rest of a value outside quotes: white space at its end is no part of it."""
-        kept = len(value)
-        while character := self._next():
-            if character in _NEWLINE:
-                break
-            if character == "\\":
-                character = self._next()
-                if not character:
-                    return value, False
-                if character not in _NEWLINE:
-                    value += character
-                kept = len(value)
-                continue
-            value += character
-            if character not in _WHITESPACE:
-                kept = len(value)
-        return value[:kept], True
+        while True:
+            part = self._run(_TO_LINE_END)
+            value += part
+            if self._next() != "\\":
+                return value[: len(value) - len(part) + len(part.rstrip(_WHITESPACE))], True
+            character = self._next()
+            if not character:
+                return value, False
+            if character not in _NEWLINE:
+                value += character
 
 
 def entries(data: bytes, comments_continue: bool = False) -> list[Entry]:
@@ -217,13 +220,7 @@ def valid_text(text: str) -> bool:
 
         salt-call slmdb_envfile.valid_text 'text'
     """
-
-    def valid(point: int) -> bool:
-        surrogate = 0xD800 <= point <= 0xDFFF
-        no_character = 0xFDD0 <= point <= 0xFDEF or (point & 0xFFFE) == 0xFFFE
-        return point != 0 and not surrogate and not no_character
-
-    return all(valid(ord(character)) for character in text)
+    return not _NO_TEXT.search(text)
 
 
 def values(data: bytes, comments_continue: bool = False) -> dict[str, str]:
@@ -367,31 +364,29 @@ def edit(data: bytes, changes: dict[str, str | None]) -> bytes:
 
 def _edited(data: bytes, changes: dict[str, str | None], place: int, gap: bytes) -> bytes:
     """Add the new keys at a place, behind a gap if a comment there would swallow them."""
-    new = [key for key, value in changes.items() if value is not None and not _named(data, key)]
+    present = {entry.key for entry in entries(data) if entry.assignment}
+    new = [key for key, value in changes.items() if value is not None and key not in present]
     lines = b"".join(f"{key}={quoted(changes[key] or '')}\n".encode() for key in new)
     result = data[:place] + (gap if new else b"") + lines + data[place:]
     for key, value in changes.items():
-        if value is None:
-            result = _removed(result, key)
-        elif key not in new:
-            result = _replaced(result, key, value)
+        if key in present:
+            result = _removed(result, key) if value is None else _replaced(result, key, value)
     return result
 
 
 def _reads_back(before: bytes, after: bytes, changes: dict[str, str | None], old: bool) -> bool:
-    now = values(after, old)
+    found = _assigned(after, old)
+    now = {key: value for key, value in found if _NAME.match(key)}
     if any(now.get(key) != value for key, value in changes.items()):
         return False
+    was = _assigned(before, old)
+    return [one for one in found if one[0] not in changes] == [
+        one for one in was if one[0] not in changes
+    ]
 
-    def foreign(data: bytes) -> list[tuple[str, str]]:
-        found = entries(data, old)
-        return [
-            (entry.key, entry.value)
-            for entry in found
-            if entry.assignment and entry.key not in changes
-        ]
 
-    return foreign(before) == foreign(after)
+def _assigned(data: bytes, old: bool) -> list[tuple[str, str]]:
+    return [(entry.key, entry.value) for entry in entries(data, old) if entry.assignment]
 
 
 def _named(data: bytes, key: str) -> list[Entry]:
@@ -399,11 +394,12 @@ def _named(data: bytes, key: str) -> list[Entry]:
 
 
 def _replaced(data: bytes, key: str, value: str) -> bytes:
-    text = quoted(value).encode()
-    for entry in reversed(_named(data, key)):
-        end = entry.end - 1 if data[entry.end - 1 : entry.end] in (b"\n", b"\r") else entry.end
-        data = data[: entry.value_start] + text + data[end:]
-    return data
+    text, kept, done = quoted(value).encode(), [], 0
+    for entry in _named(data, key):
+        kept += [data[done : entry.value_start], text]
+        ends_line = data[entry.end - 1 : entry.end] in (b"\n", b"\r")
+        done = entry.end - 1 if ends_line else entry.end
+    return b"".join([*kept, data[done:]])
 
 
 def _place_for_new(data: bytes) -> int:
@@ -415,10 +411,13 @@ def _place_for_new(data: bytes) -> int:
 
 
 def _line_start(data: bytes, position: int) -> int:
-    return max(data.rfind(b"\n", 0, position), data.rfind(b"\r", 0, position)) + 1
+    newline = data.rfind(b"\n", 0, position)
+    return max(newline, data.rfind(b"\r", newline + 1, position)) + 1
 
 
 def _removed(data: bytes, key: str) -> bytes:
-    for entry in reversed(_named(data, key)):
-        data = data[: _line_start(data, entry.start)] + data[entry.end :]
-    return data
+    kept, done = [], 0
+    for entry in _named(data, key):
+        kept.append(data[done : _line_start(data, entry.start)])
+        done = entry.end
+    return b"".join([*kept, data[done:]])

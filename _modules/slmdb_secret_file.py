@@ -13,17 +13,30 @@ import fcntl
 import grp
 import os
 import pwd
+import re
 import stat
+import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from salt.exceptions import CommandExecutionError
+from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.utils.files import normalize_mode
 
 __virtualname__ = "slmdb_secret_file"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATIENCE = 30
+_ACL = "system.posix_acl_access"
+_ACL_HEAD, _ACL_ENTRY = 4, struct.Struct("<HHI")
+# The entries of an ACL that are the nine bits of the mode: its owner, its mask, all others.
+_ACL_SHIFTS = {0x01: 6, 0x10: 3, 0x20: 0}
+# What signs or empowers the bytes of one file is wrong for others, and the kernel's to set.
+_NOT_COPIED = ("security.capability", "security.evm", "security.ima")
+_ADVICE = {
+    errno.EPERM: ": see lsattr for it and its directory; chattr -i (or -a) lets it be written",
+    errno.EBUSY: ": it is a mount point (a bind mount); mount its directory in its place",
+}
 
 
 def __virtual__() -> str:
@@ -49,13 +62,17 @@ class Store(str):
     def load(self) -> None:
         """Read the file again."""
         self.data, self.exists, self.found, self.leftover = b"", False, None, False
-        with _parent(self.directory) as parent:
-            if parent is None:
-                return
-            self.leftover = _lstat(parent, self.temporary) is not None
-            self.found = _checked(self.path, _lstat(parent, self.name))
-            if self.found is None:
-                return
+        try:
+            with _parent(self.directory) as parent:
+                if parent is not None:
+                    self._load(parent)
+        except OSError as err:
+            raise CommandExecutionError(f"{self.path} cannot be read: {err.strerror}") from err
+
+    def _load(self, parent: int) -> None:
+        self.leftover = _lstat(parent, self.temporary) is not None
+        self.found = _checked(self.path, _lstat(parent, self.name))
+        if self.found is not None:
             self.exists, self.data = True, _content(self.path, parent, self.name)
 
     def values(self) -> dict[str, str]:
@@ -87,22 +104,35 @@ class Store(str):
 
     def exchange(self, data: bytes | None, owner: str, group: str, mode: str) -> None:
         """Put other bytes in the place of the file in one step; None removes it."""
-        identity = (pwd.getpwnam(owner).pw_uid, grp.getgrnam(group).gr_gid)
+        identity = (_number(owner, pwd.getpwnam, "user"), _number(group, grp.getgrnam, "group"))
+        bits = int(octal(mode), 8)
         try:
             with _parent(self.directory) as parent:
                 if parent is None:
                     raise CommandExecutionError(f"{self.directory} does not exist")
-                _checked(self.path, _lstat(parent, self.name))
-                _discard(parent, self.temporary)
-                if data is None:
-                    _discard(parent, self.name)
-                else:
-                    _fill(parent, self.temporary, data, identity, int(mode, 8))
-                    os.rename(self.temporary, self.name, src_dir_fd=parent, dst_dir_fd=parent)
-                os.fsync(parent)
+                self._exchange(parent, data, identity, bits)
         except OSError as err:
-            raise CommandExecutionError(f"{self.path} cannot be written: {err.strerror}") from err
+            why = f"{err.strerror}{_ADVICE.get(err.errno or 0, '')}"
+            raise CommandExecutionError(f"{self.path} cannot be written: {why}") from err
         self.load()
+
+    def _exchange(
+        self, parent: int, data: bytes | None, identity: tuple[int, int], mode: int
+    ) -> None:
+        _checked(self.path, _lstat(parent, self.name))
+        _discard(parent, self.temporary)
+        try:
+            if data is None:
+                _discard(parent, self.name)
+            else:
+                kept = _attributes(parent, self.name)
+                _fill(parent, self.temporary, data, identity, mode, kept)
+                os.rename(self.temporary, self.name, src_dir_fd=parent, dst_dir_fd=parent)
+            os.fsync(parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _discard(parent, self.temporary)
+            raise
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -136,6 +166,39 @@ def store(path: str) -> Store:
     return Store(path)
 
 
+def octal(mode: str | int) -> str:
+    """
+    Write a mode as four octal digits.
+
+    mode
+        Octal digits, as text or as the number that YAML makes of them (``640``).
+
+    Returns for instance ``0640``. Raises SaltInvocationError for what is no mode, and for a number
+    that would let everybody in: it may be the decimal one (``416``) of the mode that was meant.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_secret_file.octal 640
+    """
+    text = normalize_mode(mode) if mode and isinstance(mode, str | int) else ""
+    number = isinstance(mode, int)
+    if not re.fullmatch("0[0-7]{3}", text) or (number and int(text, 8) & stat.S_IRWXO):
+        raise SaltInvocationError(f'mode: {mode!r} must be octal digits in quotes, such as "0640"')
+    return text
+
+
+def _number(name: str, find: Callable, what: str) -> int:
+    """The number of a user or a group; one whose account is gone is its number."""
+    try:
+        return find(name)[2]
+    except KeyError as err:
+        if name.isdecimal():
+            return int(name)
+        raise CommandExecutionError(f"{what} {name} does not exist on this host") from err
+
+
 def _name(number: int, find: object) -> str:
     try:
         return find(number)[0]  # type: ignore[operator]
@@ -156,13 +219,9 @@ def _checked(path: str, found: os.stat_result | None) -> os.stat_result | None:
     kinds = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a directory"))
     for is_kind, words in kinds:
         if is_kind(found.st_mode):
-            raise CommandExecutionError(
-                f"{path} is {words}: slm_database:secret:file must be a plain file"
-            )
+            raise CommandExecutionError(f"{path} is {words}: it must be a plain file")
     if not stat.S_ISREG(found.st_mode):
-        raise CommandExecutionError(
-            f"{path} is not a plain file, which slm_database:secret:file must be"
-        )
+        raise CommandExecutionError(f"{path} is not a plain file, which it must be")
     if found.st_nlink > 1:
         raise CommandExecutionError(
             f"{path} has a second name (a hard link): remove the other name"
@@ -186,7 +245,7 @@ def _parent(directory: str) -> Iterator[int | None]:
     """Open a directory part by part, so that no link is followed; None if it does not exist."""
     if not directory.startswith("/") or os.path.normpath(directory) != directory:
         raise CommandExecutionError(
-            f"slm_database:secret:file: the path must be absolute and plain, not in {directory!r}"
+            f"the path of a secret file must be absolute and plain, not in {directory!r}"
         )
     handle = os.open("/", _DIRECTORY)
     reached = ""
@@ -217,7 +276,7 @@ def _open_directory(handle: int, part: str, reached: str) -> int | None:
             found = _lstat(handle, part)
             kind = "a symbolic link" if found and stat.S_ISLNK(found.st_mode) else "no directory"
             raise CommandExecutionError(
-                f"{reached} is {kind}: slm_database:secret:file must not pass it"
+                f"{reached} is {kind}: the path of a secret file must not pass it"
             ) from err
         raise CommandExecutionError(f"{reached} cannot be opened: {err.strerror}") from err
 
@@ -241,12 +300,19 @@ def _make_directory(directory: str) -> None:
         missing.append(directory)
         directory = os.path.dirname(directory)
     for path in reversed(missing):
-        with _parent(os.path.dirname(path)) as parent:
-            if parent is not None:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(os.path.basename(path), 0o755, dir_fd=parent)
-                os.chmod(os.path.basename(path), 0o755, dir_fd=parent, follow_symlinks=True)
-                os.fsync(parent)
+        try:
+            _make_one(path)
+        except OSError as err:
+            raise CommandExecutionError(f"{path} cannot be made: {err.strerror}") from err
+
+
+def _make_one(path: str) -> None:
+    with _parent(os.path.dirname(path)) as parent:
+        if parent is not None:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.basename(path), 0o755, dir_fd=parent)
+            os.chmod(os.path.basename(path), 0o755, dir_fd=parent, follow_symlinks=True)
+            os.fsync(parent)
 
 
 def _lock(parent: int, path: str) -> None:
@@ -269,17 +335,76 @@ def _discard(parent: int, name: str) -> None:
         os.unlink(name, dir_fd=parent)
 
 
-def _fill(parent: int, name: str, data: bytes, identity: tuple[int, int], mode: int) -> None:
+def _attributes(parent: int, name: str) -> dict[str, bytes] | None:
+    """The ACL and the other extended attributes of a file; None if there is no file."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle = os.open(name, flags, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+    try:
+        return {one: os.getxattr(handle, one) for one in os.listxattr(handle) if _copied(one)}
+    except OSError as err:
+        if err.errno != errno.ENOTSUP:
+            raise
+        return {}
+    finally:
+        os.close(handle)
+
+
+def _copied(attribute: str) -> bool:
+    ours = attribute == _ACL or attribute.startswith(("user.", "security."))
+    return ours and attribute not in _NOT_COPIED
+
+
+def _dress(handle: int, kept: dict[str, bytes], mode: int) -> None:
+    """Give a file the attributes of the one before it, and no ACL but that one's."""
+    if _ACL not in kept:
+        with _tolerating(errno.ENODATA, errno.ENOTSUP):
+            os.removexattr(handle, _ACL)  # it has the default one of its directory
+    for name, value in kept.items():
+        if name == _ACL:
+            os.setxattr(handle, name, _with_mode(value, mode))
+            continue
+        with _tolerating(errno.EPERM, errno.EACCES, errno.ENOTSUP):
+            os.setxattr(handle, name, value)
+
+
+@contextlib.contextmanager
+def _tolerating(*numbers: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in numbers:
+            raise
+
+
+def _with_mode(acl: bytes, mode: int) -> bytes:
+    """Put a mode into an ACL, as chmod does: what are the group's bits limits all who are named."""
+    entries = []
+    for tag, allowed, number in _ACL_ENTRY.iter_unpack(acl[_ACL_HEAD:]):
+        if tag in _ACL_SHIFTS:
+            allowed = mode >> _ACL_SHIFTS[tag] & 0o7
+        entries.append(_ACL_ENTRY.pack(tag, allowed, number))
+    return acl[:_ACL_HEAD] + b"".join(entries)
+
+
+def _fill(
+    parent: int,
+    name: str,
+    data: bytes,
+    identity: tuple[int, int],
+    mode: int,
+    kept: dict[str, bytes] | None,
+) -> None:
     """Make the new file: closed to others until it has its owners, durable before its name."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     handle = os.open(name, flags, 0o600, dir_fd=parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            os.fchown(handle, *identity)
-            os.fchmod(handle, mode)
-            stream.write(data)
-            stream.flush()
-            os.fsync(handle)
-    except BaseException:
-        _discard(parent, name)
-        raise
+    with os.fdopen(handle, "wb") as stream:
+        os.fchown(handle, *identity)
+        if kept is not None:
+            _dress(handle, kept, mode)
+        os.fchmod(handle, mode)
+        stream.write(data)
+        stream.flush()
+        os.fsync(handle)

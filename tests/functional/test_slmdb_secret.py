@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import struct
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -356,6 +359,148 @@ def test_the_file_is_never_wider_than_wanted(host):
     assert seen <= {0o600, 0o640}
 
 
+LEFT = secrets.DIRECTORY / ".slm-secrets.env.slmdb-new"
+
+
+@contextlib.contextmanager
+def _immutable():
+    subprocess.run(["chattr", "+i", str(secrets.FILE)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", str(secrets.FILE)], check=True)
+
+
+@contextlib.contextmanager
+def _mounted(*options, target=secrets.FILE):
+    subprocess.run(["mount", *options, str(target)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(target)], check=True)
+
+
+def _bound():
+    return _mounted("--bind", str(secrets.FILE))
+
+
+@contextlib.contextmanager
+def _full():
+    data = secrets.FILE.read_bytes()
+    options = ("-t", "tmpfs", "-o", "size=8k,mode=0755", "tmpfs")
+    with _mounted(*options, target=secrets.DIRECTORY):
+        secrets.write(data)
+        with contextlib.suppress(OSError):
+            (secrets.DIRECTORY / "other").write_bytes(b"x" * 9000)
+        yield
+
+
+def _read_only():
+    return _mounted("--bind", "-o", "ro", str(secrets.DIRECTORY), target=secrets.DIRECTORY)
+
+
+WRITES = {
+    "immutable": (_immutable, "chattr -i"),
+    "bind mount": (_bound, "mount point"),
+    "full": (_full, "No space left"),
+    "read-only": (_read_only, "Read-only"),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_a_write_that_fails_leaves_no_secret_behind(host, case):
+    """One line says why and what to do; no second copy of the secrets stays beside the file."""
+    apply(host)
+    refusing, says = WRITES[case]
+    with refusing():
+        for _ in range(2):
+            run = host.state("slmdb_secret.present", generate_missing=["ANOTHER_KEY"])
+            assert run.result is False
+            assert says in run.comment
+            assert len(run.comment.splitlines()) == 1
+            assert not LEFT.exists()
+    assert apply(host) == {}
+
+
+def _acl(*entries):
+    """An access ACL as the kernel has it; entries are tag, permissions and number."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+NOBODY = 0xFFFFFFFF
+ACL = "system.posix_acl_access"
+
+
+def test_an_acl_and_other_attributes_stay(host):
+    """Whoever was given the file by name still has it, and nothing is announced without an end."""
+    apply(host)
+    acl = _acl((1, 6, NOBODY), (2, 4, 1), (4, 4, NOBODY), (0x10, 4, NOBODY), (0x20, 0, NOBODY))
+    os.setxattr(secrets.FILE, ACL, acl)
+    os.setxattr(secrets.FILE, "user.note", b"ours")
+    assert apply(host) == {}
+    assert host.call("slmdb_secret.rotate")["rotated"] is True
+    assert os.getxattr(secrets.FILE, ACL) == acl
+    assert os.getxattr(secrets.FILE, "user.note") == b"ours"
+    assert apply(host) == {}
+
+
+def test_a_mask_that_is_too_wide_is_narrowed_once(host):
+    """The group's bits of a file with an ACL are its mask: they become what the mode says."""
+    apply(host)
+    acl = _acl((1, 6, NOBODY), (2, 6, 1), (4, 4, NOBODY), (0x10, 6, NOBODY), (0x20, 4, NOBODY))
+    os.setxattr(secrets.FILE, ACL, acl)
+    assert set(apply(host)) == {"mode"}
+    assert secrets.FILE.stat().st_mode & 0o777 == 0o640
+    narrow = _acl((1, 6, NOBODY), (2, 6, 1), (4, 4, NOBODY), (0x10, 4, NOBODY), (0x20, 0, NOBODY))
+    assert os.getxattr(secrets.FILE, ACL) == narrow
+    assert apply(host) == {}
+
+
+def test_a_default_acl_of_the_directory_opens_no_file_that_had_none(host):
+    """The new file is readable by whom the old one was, not by whom new files are."""
+    apply(host)
+    acl = _acl((1, 7, NOBODY), (2, 7, 1), (4, 5, NOBODY), (0x10, 7, NOBODY), (0x20, 5, NOBODY))
+    os.setxattr(secrets.DIRECTORY, "system.posix_acl_default", acl)
+    host.call("slmdb_secret.rotate")
+    assert ACL not in os.listxattr(secrets.FILE)
+    assert secrets.FILE.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_of_one_line(host):
+    """A parent on a read-only file system says so."""
+    Path("/srv/closed").mkdir()
+    with _mounted("-t", "tmpfs", "-o", "ro,mode=0755", "tmpfs", target="/srv/closed"):
+        run = host.state("slmdb_secret.present", file="/srv/closed/a/b.env")
+    assert (run.result, run.comment) == (
+        False,
+        "/srv/closed/a cannot be made: Read-only file system",
+    )
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "a" * 300, f"{'a' * 300}/b"])
+def test_a_name_that_is_too_long_is_an_error_of_one_line(host, name):
+    """The kernel's own words, with the path."""
+    run = host.state("slmdb_secret.present", file=f"/etc/autobot/{name}")
+    assert run.result is False
+    assert "File name too long" in run.comment
+    assert len(run.comment.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"), [("0640", "0640"), ("640", "0640"), (640, "0640"), ("0o600", "0600")]
+)
+def test_a_mode_is_taken_as_a_managed_file_takes_it(host, given, mode):
+    """With or without its zero and its quotes."""
+    assert host.call("slmdb_secret_file.octal", given) == mode
+
+
+@pytest.mark.parametrize("given", [416, 8, "u=rw", "", "0649", "10640", None, 6.4])
+def test_what_is_no_mode_is_named(host, given):
+    """A decimal number that would let everybody in is not taken for octal digits."""
+    with pytest.raises(SaltInvocationError, match="octal digits in quotes"):
+        host.call("slmdb_secret_file.octal", given)
+
+
 def test_a_second_run_waits_for_the_first(host):
     """While another run holds the file, ours waits; then it goes on."""
     apply(host)
@@ -666,6 +811,17 @@ def test_clean_removes_our_keys_only(host, minions, foreign):
     assert run.changes == announced.changes
     assert (secrets.FILE.read_bytes() if secrets.FILE.exists() else b"") == foreign
     assert minion.state("slmdb_secret.absent").changes == {}
+
+
+def test_clean_knows_owners_whose_accounts_are_gone(host, minions):
+    """What was removed before leaves a number: the file keeps it."""
+    secrets.write(secrets.FOREIGN)
+    apply(host)
+    os.chown(secrets.FILE, 54321, 54322)
+    run = minions({"slm_database": {"clean": {"secret": True}}}).state("slmdb_secret.absent")
+    assert run.result is True, run.comment
+    found = secrets.FILE.stat()
+    assert (found.st_uid, found.st_gid) == (54321, 54322)
 
 
 def test_the_server_sees_verifiers_only(host):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,20 +27,43 @@ if sys.argv[1] == "show":
     print("ActiveState=" + (tools / "active").read_text())
 elif sys.argv[1] in ("restart", "reload"):
     shutil.copy("/etc/autobot/slm-secrets.env", tools / "file-at-restart")
+    (tools / "said-before").write_text(str(os.stat("/var/log/postgresql/test.log").st_size))
     behaviour = (tools / "behaviour").read_text()
     if behaviour == "fails":
         sys.exit(1)
     if behaviour == "dies":
         (tools / "active").write_text("failed")
-    if behaviour == "works":
-        lines = pathlib.Path("/etc/autobot/slm-secrets.env").read_text().splitlines()
-        values = dict(line.split("=", 1) for line in lines)
-        if os.fork() == 0:
-            for descriptor in range(3):
-                os.close(descriptor)
-            session = psycopg2.connect(host="127.0.0.1", user="autobot_slm", dbname="autobot_slm",
-                                       password=values["SLM_DB_PASSWORD"])
-            time.sleep(5)
+    lines = pathlib.Path("/etc/autobot/slm-secrets.env").read_text().splitlines()
+    values = dict(line.split("=", 1) for line in lines)
+    def log_in(password):
+        return psycopg2.connect(host="127.0.0.1", user="autobot_slm", dbname="autobot_slm",
+                                password=password)
+    if behaviour == "refused":
+        try:
+            log_in("wrong")
+        except psycopg2.OperationalError:
+            pass
+    if behaviour in ("brief", "refused"):
+        log_in(values["SLM_DB_PASSWORD"]).close()
+    if behaviour == "works" and os.fork() == 0:
+        for descriptor in range(3):
+            os.close(descriptor)
+        session = log_in(values["SLM_DB_PASSWORD"])
+        time.sleep(1)
+"""
+# Stands in for the journal of the server's unit, in any state and language.
+JOURNALCTL = f"""#!{sys.executable}
+import pathlib, sys
+tools = pathlib.Path("/run/tools")
+how = (tools / "journal").read_text()
+if how == "fails":
+    sys.exit(1)
+said = pathlib.Path("/var/log/postgresql/test.log").read_bytes()
+said = said[int((tools / "said-before").read_text()):].decode()
+if how == "translated":
+    said = said.replace("password authentication failed for user", "Anmeldung fehlgeschlagen:")
+if how != "silent":
+    print(said)
 """
 
 
@@ -57,13 +81,18 @@ def backend(host, monkeypatch):
     """What looks like systemd and a running backend; returns a function that sets its behaviour."""
     SYSTEMD.mkdir(parents=True)
     TOOLS.mkdir()
-    program = TOOLS / "systemctl"
-    program.write_text(SYSTEMCTL)
-    program.chmod(0o755)
+    for name, text in (("systemctl", SYSTEMCTL), ("journalctl", JOURNALCTL)):
+        (TOOLS / name).write_text(text)
+        (TOOLS / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{TOOLS}:{os.environ['PATH']}")
 
-    def become(behaviour="works", load="loaded", active="active"):
-        for name, text in (("behaviour", behaviour), ("load", load), ("active", active)):
+    names = host.modules["slmdb_secret_backend.renew"].func.__globals__
+    monkeypatch.setitem(names, "_PATIENCE", 3)
+    monkeypatch.setitem(names, "_LOG_PATIENCE", 1)
+
+    def become(behaviour="works", load="loaded", active="active", journal="reads"):
+        texts = {"behaviour": behaviour, "load": load, "active": active, "journal": journal}
+        for name, text in texts.items():
             (TOOLS / name).write_text(text)
 
     become()
@@ -139,6 +168,84 @@ def test_the_backend_is_restarted_and_seen_to_log_in(host, backend):
     during = (TOOLS / "file-at-restart").read_text()
     assert f"SLM_DB_PASSWORD={password()}\n" in during
     assert f"SLM_DB_PASSWORD_NEXT={password()}\n" in during
+
+
+@pytest.fixture
+def configure(host):
+    """A function that sets a parameter for the server or a role; all is as before afterwards."""
+
+    def reloaded(change, name, wanted):
+        secrets.psql(change)
+        secrets.psql("SELECT pg_reload_conf()")
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and secrets.psql(f"SHOW {name}") != wanted:
+            time.sleep(0.02)
+
+    before = {}
+
+    def become(where, name, value):
+        before[where, name] = secrets.psql(f"SHOW {name}")
+        reloaded(f"{where} SET {name} = '{value}'", name, value)
+        host.call("slmdb_server.forget")
+
+    yield become
+    for (where, name), value in before.items():
+        reloaded(f"{where} RESET {name}", name, value)
+    host.call("slmdb_server.forget")
+
+
+# A language of our own sessions hides the server's; it needs no other locale on the machine.
+UNKNOWN = ("ALTER ROLE postgres", "lc_messages", "C")
+QUIET = ("ALTER SYSTEM", "log_min_messages", "panic")
+
+
+@pytest.mark.parametrize(
+    ("journal", "parameter"), [("reads", None), ("reads", UNKNOWN), ("translated", UNKNOWN)]
+)
+def test_a_short_session_counts_if_the_log_has_nobody_refused(
+    host, backend, configure, journal, parameter
+):
+    """Whose session it was cannot be told; that nobody was refused can, in any language."""
+    if parameter:
+        configure(*parameter)
+    backend("brief", journal=journal)
+    assert host.call("slmdb_secret.rotate")["rotated"] is True
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "journal", "parameter"),
+    [
+        ("refused", "reads", None),
+        ("refused", "translated", UNKNOWN),
+        ("brief", "fails", None),
+        ("brief", "silent", None),
+        ("brief", "reads", QUIET),
+    ],
+)
+def test_a_log_that_does_not_answer_proves_nothing(
+    host, backend, configure, behaviour, journal, parameter
+):
+    """A refusal in whatever words, and a log that is not there to be read, undo the rotation."""
+    if parameter:
+        configure(*parameter)
+    old = password()
+    backend(behaviour, journal=journal)
+    with pytest.raises(CommandExecutionError, match="undone, the old password is in force"):
+        host.call("slmdb_secret.rotate")
+    assert secrets.log_in(old)
+
+
+def test_a_kernel_without_ipv6_stops_no_rotation(host, backend):
+    """There is no /proc/net/tcp6 then; a session that is open is looked for in the other list."""
+    lists = f"/proc/{os.getpid()}/net"
+    tcp = Path(f"{lists}/tcp").read_text()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", lists], check=True)
+    try:
+        Path(f"{lists}/tcp").write_text(tcp)
+        assert not Path("/proc/net/tcp6").exists()
+        assert host.call("slmdb_secret.rotate")["rotated"] is True
+    finally:
+        subprocess.run(["umount", "--lazy", lists], check=True)
 
 
 @pytest.mark.parametrize("behaviour", ["fails", "dies"])

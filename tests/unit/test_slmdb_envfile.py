@@ -174,6 +174,38 @@ def test_a_file_that_cannot_be_understood_is_named(data, says):
     assert says in envfile.problem(data, [KEY])
 
 
+def test_a_large_file_keeps_its_line_numbers():
+    """Lines are counted across values and comments that have several, however many there are."""
+    lines = [f"KEY_{number}='a\nb' # {number}" for number in range(9_999)]
+    data = "\n".join([*lines, f"{KEY}=a", *lines, f"{KEY}=b", ""]).encode()
+    assert envfile.problem(data, [KEY]) == f"{KEY} has different values in lines 19999, 39998"
+
+
+class CountedText(str):
+    """A text that adds up over how many of its characters somebody counted."""
+
+    seen = 0
+
+    def count(self, part, start, end):
+        self.seen += end - start
+        return super().count(part, start, end)
+
+
+def test_a_large_file_is_counted_through_once():
+    """The line of an entry is found from that of the one before, not from the file's beginning."""
+    text = CountedText("A=1\n" * 20_000)
+    found = envfile._Reader(text, comments_continue=False).entries()
+    assert [entry.line for entry in found] == list(range(1, 20_001))
+    assert text.seen <= len(text)
+
+
+def test_all_lines_of_a_key_are_edited():
+    """A key that is there twice is changed in both places, and taken out of both."""
+    data = b"A=1\r\nB=x\n  A='1' \nC=y\rA=1"
+    assert envfile.edit(data, {"A": "2", "B": None}) == b"A=2\r\n  A=2\nC=y\rA=2"
+    assert envfile.edit(data, {"A": None}) == b"\nB=x\nC=y\r"
+
+
 @pytest.mark.parametrize(
     "data",
     [
