@@ -397,6 +397,27 @@ def test_an_older_install_is_adopted_under_new_names(older):
     assert secrets.psql("SELECT answer FROM kept", "autobot_slm") == "42"
 
 
+@pytest.mark.parametrize("known", ["", "SLM_DB_PASSWORD='of old'\n", "DATABASE_URL={}\n"])
+def test_a_rename_without_a_password_to_go_on_with_is_refused(older, known):
+    """Without a credentials file the secret file must have it, as its key or in its URL."""
+    secrets.psql("SET password_encryption = 'scram-sha-256'; ALTER ROLE slm_app PASSWORD 'of old'")
+    url = "postgresql+asyncpg://slm_app:of%20old@localhost:5432/slm"
+    secrets.write(f"OTHER=1\n{known.format(url)}".encode())
+    adopt = {name: value for name, value in RENAMED["adopt"].items() if name != "credentials_file"}
+    minion = older({"slm_database": {**RENAMED, "adopt": adopt}})
+    before = secrets.seen()
+    for test in (True, False):
+        run = minion.state("slmdb_secret.adopted", test=test)
+        if not known:
+            assert run.result is False
+            assert "role slm_app has a password" in run.comment
+            assert secrets.seen() == before
+    if known:
+        assert run.result is True
+        assert minion.state("slmdb_secret.present").result is True
+        assert secrets.log_in("of old")
+
+
 def _occupied():
     return secrets.psycopg2.connect(
         host="127.0.0.1", user="slm_app", password="of old", dbname="slm"
