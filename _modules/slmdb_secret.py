@@ -17,7 +17,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "slmdb_secret"
 
 _SECRET_NAME = re.compile(r"pass|secret|key|token|credential|salt|url|dsn", re.IGNORECASE)
-_IN_URL = re.compile(r"://[^:@/]*:([^@/]+)@")
+_IN_URL = re.compile(r"://[^:@/]*:([^@]+)@")
 _DAYS = {"d": 1, "w": 7}
 
 
@@ -189,9 +189,9 @@ def rotate(dry_run: bool = False, role: str | None = None) -> dict[str, Any]:
 def _known(role: str | None) -> dict[str, Any]:
     everyone = __salt__["slmdb_secret_plan.everyone"]()
     for want in everyone:
-        if want["file"] and role in (None, want["role"]):
+        if role in (None, want["role"]):
             return want
-    raise SaltInvocationError(f"role {role} has no secret file in the settings")
+    raise SaltInvocationError(f"role {role} has no secret in the settings")
 
 
 def _write(plan: Any) -> None:

@@ -209,12 +209,20 @@ class Plan(str):
             return (source, self.supplied) if self.supplied else self._anew()
         role, key = self.want["role"], self.want["key"]
         tried = f" (what is {', '.join(candidates)} is not it)" if candidates else ""
+        older = (
+            " (or name the file that has it, on older hosts "
+            f"{CREDENTIALS}, in slm_database:adopt:credentials_file)"
+        )
         raise CommandExecutionError(
             f"role {role} has a password, but {self.store.path} has no {key}{tried}: either write "
-            f"the password there as {key}=... (or name the file that has it, on older hosts "
-            f"{CREDENTIALS}, in slm_database:adopt:credentials_file), or, if nobody knows it, set "
-            "slm_database:secret:allow_new: true for one run: a new one is made then"
+            f"the password there as {key}=...{older if self._is_the_applications() else ''}, or, "
+            "if nobody knows it, set slm_database:secret:allow_new: true for one run: a new one is "
+            "made then"
         )
+
+    def _is_the_applications(self) -> bool:
+        """Tell whether the file is the application's: its role may have its older name still."""
+        return self.store.path == __salt__["slmdb_pillar.get"]("secret", "file")
 
     def _anew(self) -> tuple[str, str]:
         """Return a new password for a role whose old one is lost with its host."""

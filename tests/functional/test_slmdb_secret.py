@@ -641,6 +641,14 @@ def test_a_mistake_of_another_role_names_its_own_key(host, minions):
     minion = minions({"slm_database": {"roles": {"extra": {"secret": extra}}}})
     said = minion.state("slmdb_secret.applicable").comment
     assert said.startswith("slm_database:roles:extra:secret:owner: there is no user nobody-here")
+    secrets.psql("ALTER ROLE extra PASSWORD 'unknown'")
+    said = minion.state("slmdb_secret.applicable").comment
+    assert "EXTRA=..." in said
+    assert "adopt" not in said
+    vaulted = {"vaulted": {"password_pillar": "vault:other"}}
+    minion = minions({"slm_database": {"roles": vaulted}, "vault": {"other": "text"}})
+    with pytest.raises(SaltInvocationError, match="supplied by pillar key vault:other"):
+        minion.call("slmdb_secret.rotate", role="vaulted")
 
 
 def test_an_unknown_argument_is_named(host):
@@ -734,7 +742,9 @@ def test_a_child_of_ours_gets_the_variables_and_their_values_are_masked(host):
     environment.update(variables)
     password = secrets.value("SLM_DB_PASSWORD")
     assert environment["SLM_DB_PASSWORD"] == password
+    environment["PLACE"] = "postgresql://role:raw/p+w@localhost/db"
     hidden = host.call("slmdb_secret.hidden", environment)
+    assert "raw/p+w" in hidden
     assert password in hidden
     assert "5432" not in hidden
 
