@@ -189,6 +189,8 @@ def _upkeep(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield False, f"{file}: the password could not be compared with the server's"
     for name in secret["url_stale"]:
         yield False, f"{file}: {name} holds another password than the one in force"
+    for name in secret.get("url_unclear") or []:
+        yield False, f"{file}: {name} is a URL that cannot be compared with the password in force"
     if secret["exists"] and secret["missing_keys"]:
         names = ", ".join(secret["missing_keys"])
         yield False, f"{file}: the backend's own keys are missing: {names}"

@@ -17,7 +17,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "slmdb_secret"
 
 _SECRET_NAME = re.compile(r"pass|secret|key|token|credential|salt|url|dsn", re.IGNORECASE)
-_IN_URL = re.compile(r"://[^:@/]*:([^@/]+)@")
+_IN_URL = re.compile(r"://[^:@/]*:([^@]+)@")
 _DAYS = {"d": 1, "w": 7}
 
 
@@ -150,9 +150,9 @@ def rotate(dry_run: bool = False, role: str | None = None) -> dict[str, Any]:
         file.
 
     Returns rotated, role, file, backend (what was done with it), login (True if the new password
-    was seen to log in), old_password_refused and url_stale (URL keys of the operator's own that
-    need the new password). Raises ``CommandExecutionError`` with one line if it cannot begin or had
-    to be undone.
+    was seen to log in, None if that was not tried: no rule is sure to admit another role),
+    old_password_refused and url_stale (URL keys of the operator's own that need the new password).
+    Raises ``CommandExecutionError`` with one line if it cannot begin or had to be undone.
 
     CLI Example:
 
@@ -189,9 +189,9 @@ def rotate(dry_run: bool = False, role: str | None = None) -> dict[str, Any]:
 def _known(role: str | None) -> dict[str, Any]:
     everyone = __salt__["slmdb_secret_plan.everyone"]()
     for want in everyone:
-        if want["file"] and role in (None, want["role"]):
+        if role in (None, want["role"]):
             return want
-    raise SaltInvocationError(f"role {role} has no secret file in the settings")
+    raise SaltInvocationError(f"role {role} has no secret in the settings")
 
 
 def _write(plan: Any) -> None:
@@ -246,9 +246,10 @@ def facts(server: bool = True, query: Any = None) -> dict[str, Any]:
 
     Returns file, exists, owner, group, mode (of the file, or None), wanted (those three), in_step
     (True, False, None if unknown), verifier (its kind), problem (one line or None), missing_keys
-    (of ``secret:expected_keys``), url_stale (URL keys with an old password), rotation (None or
-    ``interrupted``), age_days, overdue (True, False, None if ``rotate_every`` is not set),
-    left_behind (the old credentials file if it holds another password).
+    (of ``secret:expected_keys``), url_stale (URL keys with another password), url_unclear (URL keys
+    that cannot be compared), rotation (None or ``interrupted``), age_days, overdue (True, False,
+    None if ``rotate_every`` is not set), left_behind (the old credentials file if it holds another
+    password).
 
     CLI Example:
 
@@ -267,6 +268,7 @@ def facts(server: bool = True, query: Any = None) -> dict[str, Any]:
         "problem": None,
         "missing_keys": [],
         "url_stale": [],
+        "url_unclear": [],
         "rotation": None,
         "age_days": None,
         "overdue": None,
@@ -294,7 +296,8 @@ def _report(want: dict[str, Any], store: Any, values: dict[str, str]) -> dict[st
     age = _age(want, store, values)
     return {
         "missing_keys": [name for name in expected if name not in values],
-        "url_stale": __salt__["slmdb_secret_plan.stale_urls"](want, store),
+        "url_stale": __salt__["slmdb_secret_url.stale_urls"](want, store),
+        "url_unclear": __salt__["slmdb_secret_url.unclear_urls"](want, store),
         "rotation": "interrupted" if interrupted else None,
         "age_days": age,
         "overdue": _overdue(want["rotate_every"], age),

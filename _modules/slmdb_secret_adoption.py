@@ -109,7 +109,11 @@ def _check_password(adopt: dict[str, Any], role: str) -> None:
             f"slm_database:adopt:credentials_file: name the file with the password of {role}: "
             "it is stored as MD5, which a new name clears"
         )
-    if path and not __salt__["slmdb_secret_plan.adopted_in_step"](path, role):
+    if not path:
+        # What refuses to choose a password now would refuse after the renaming.
+        want = {**__salt__["slmdb_secret_plan.wanted"](), "role": role}
+        __salt__["slmdb_secret_plan.plan"](want)
+    elif not __salt__["slmdb_secret_plan.adopted_in_step"](path, role):
         raise CommandExecutionError(
             f"slm_database:adopt:credentials_file: the password in {path} is not that of {role}"
         )

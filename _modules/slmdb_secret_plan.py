@@ -10,11 +10,9 @@ from __future__ import annotations
 import datetime
 import grp
 import pwd
-import re
 import secrets
 import string
 from typing import Any
-from urllib.parse import quote, unquote
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
@@ -22,11 +20,6 @@ __virtualname__ = "slmdb_secret_plan"
 
 CREDENTIALS = "/etc/autobot/db-credentials.env"
 _ALPHABET = string.ascii_letters + string.digits
-_URL = re.compile(
-    r"(?P<driver>[^:/?#]+)://(?P<user>[^:@/?#]*)(?::(?P<password>[^@/?#]*))?"
-    r"@(?P<host>[^:/?#]*)(?::\d*)?/[^?#]*(?P<options>.*)\Z",
-    re.DOTALL,
-)
 _FROM_SETTINGS = (
     *("file", "owner", "group", "mode", "key", "url_keys", "url_driver", "generate_missing"),
     *("length", "from_pillar", "rotate_every", "rotate_backend"),
@@ -54,7 +47,8 @@ def wanted(**given: Any) -> dict[str, Any]:
         generate_missing, length, from_pillar, rotate_every, rotate_backend, credentials_file; a
         role other than the formula's has no URL keys unless they are given.
 
-    Returns all of them. Raises ``SaltInvocationError`` for an unknown one.
+    Returns all of them, adopted_role (``adopt:role``, for the application's role) and named (under
+    which key the operator wrote one). Raises ``SaltInvocationError`` for an unknown one.
 
     CLI Example:
 
@@ -70,10 +64,11 @@ def wanted(**given: Any) -> dict[str, Any]:
     result["role"] = settings["role"]
     result["database"] = settings["database"]
     result["credentials_file"] = settings["adopt"].get("credentials_file")
+    result["adopted_role"] = settings["adopt"].get("role")
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("role", settings["role"]) != settings["role"]:
-        result.update(_FOR_OTHER_ROLES, credentials_file=None)
-    result.update(given)
+        result.update(_FOR_OTHER_ROLES, credentials_file=None, adopted_role=None)
+    result.update(given, named={name: name for name in given})
     if "port" not in given:
         result["port"] = __salt__["slmdb_instance.facts"]()["port"]
     return result
@@ -93,13 +88,20 @@ def everyone() -> list[dict[str, Any]]:
     """
     found = [wanted()]
     for role, options in __salt__["slmdb_pillar.get"]("roles").items():
-        options = options or {}
+        options, place = options or {}, f"slm_database:roles:{role}"
         if options.get("secret"):
-            found.append(wanted(role=role, **options["secret"]))
+            named = {name: f"{place}:secret:{name}" for name in options["secret"]}
+            found.append({**wanted(role=role, **options["secret"]), "named": named})
         elif options.get("password_pillar"):
             supplied = wanted(role=role, from_pillar=options["password_pillar"])
-            found.append({**supplied, "file": None})
+            named = {"from_pillar": f"{place}:password_pillar"}
+            found.append({**supplied, "file": None, "named": named})
     return found
+
+
+def _named(want: dict[str, Any], name: str) -> str:
+    """Return the key under which the operator wrote a setting, else where its default is."""
+    return want["named"].get(name, f"slm_database:secret:{name}")
 
 
 def generated(length: int) -> str:
@@ -118,39 +120,6 @@ def generated(length: int) -> str:
         salt-call slmdb_secret_plan.generated 43
     """
     return "".join(secrets.choice(_ALPHABET) for _ in range(length))
-
-
-def url(want: dict[str, Any], password: str) -> str:
-    """
-    Write the URL under which the backend finds its database.
-
-    want
-        What ``wanted`` returns.
-    password
-        The password.
-
-    Returns the URL; every part is percent-encoded.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret_plan.url "$WANTED" 'password'
-    """
-    role, secret, database = (
-        quote(text, safe="") for text in (want["role"], password, want["database"])
-    )
-    return f"{want['url_driver']}://{role}:{secret}@localhost:{want['port']}/{database}"
-
-
-def _ours(want: dict[str, Any], parts: re.Match) -> bool:
-    """Tell whether a URL is ours; another host, driver or option makes it the operator's."""
-    return (
-        parts["driver"] == want["url_driver"]
-        and parts["host"] == "localhost"
-        and not parts["options"]
-        and bool(parts["password"])
-    )
 
 
 def _adopted(path: str) -> str:
@@ -220,9 +189,10 @@ class Plan(str):
         """Return passwords that exist already, by where they are."""
         found = {}
         for name in self.want["url_keys"]:
-            parts = _URL.match(self.values.get(name, ""))
-            if parts and _ours(self.want, parts):
-                found[f"taken from {name}"] = unquote(parts["password"])
+            text = self.values.get(name, "")
+            password = __salt__["slmdb_secret_url.password_of"](self.want, text)
+            if password:
+                found[f"taken from {name}"] = password
         path = self.want["credentials_file"]
         if path:
             found[f"adopted from {path}"] = _adopted(path)
@@ -239,12 +209,20 @@ class Plan(str):
             return (source, self.supplied) if self.supplied else self._anew()
         role, key = self.want["role"], self.want["key"]
         tried = f" (what is {', '.join(candidates)} is not it)" if candidates else ""
+        older = (
+            " (or name the file that has it, on older hosts "
+            f"{CREDENTIALS}, in slm_database:adopt:credentials_file)"
+        )
         raise CommandExecutionError(
             f"role {role} has a password, but {self.store.path} has no {key}{tried}: either write "
-            f"the password there as {key}=... (or name the file that has it, on older hosts "
-            f"{CREDENTIALS}, in slm_database:adopt:credentials_file), or, if nobody knows it, set "
-            "slm_database:secret:allow_new: true for one run: a new one is made then"
+            f"the password there as {key}=...{older if self._is_the_applications() else ''}, or, "
+            "if nobody knows it, set slm_database:secret:allow_new: true for one run: a new one is "
+            "made then"
         )
+
+    def _is_the_applications(self) -> bool:
+        """Tell whether the file is the application's: its role may have its older name still."""
+        return self.store.path == __salt__["slmdb_pillar.get"]("secret", "file")
 
     def _anew(self) -> tuple[str, str]:
         """Return a new password for a role whose old one is lost with its host."""
@@ -260,16 +238,13 @@ class Plan(str):
             self.rotation = "interrupted"
         elif self.supplied and self.supplied != self.password:
             self.rotation = "supplied"
-        if self.rotation:
-            old = {"interrupted": "interrupted", "supplied": "another password is supplied"}[
-                self.rotation
-            ]
-            self._note(
-                "rotation",
-                old,
-                "finished or undone" if self.rotation == "interrupted" else "rotated",
-            )
+        if self.rotation == "interrupted":
+            self._note("rotation", "interrupted", "finished or undone")
             return
+        if self.rotation:
+            self.refuse_own_urls()
+            backend = __salt__["slmdb_secret_backend.intention"](self.want)
+            self._note("rotation", "another password is supplied", f"rotated; backend: {backend}")
         self._compare_urls()
         self._compare_helpers()
         self._compare_verifier()
@@ -279,7 +254,8 @@ class Plan(str):
         if not self.store.exists:
             self._note("file", None, self.store.path)
         for what, old in self.store.ownership().items():
-            new = f"{int(want['mode'], 8):04o}" if what == "mode" else want[what]
+            octal = __salt__["slmdb_secret_file.octal"]
+            new = octal(want["mode"]) if what == "mode" else want[what]
             if old != new:
                 self._note(what, old, new)
         if self.store.leftover:
@@ -292,11 +268,11 @@ class Plan(str):
             pwd.getpwnam(want["owner"])
         except KeyError:
             raise CommandExecutionError(
-                f"slm_database:secret:owner: there is no user {want['owner']} on this host"
+                f"{_named(want, 'owner')}: there is no user {want['owner']} on this host"
             ) from None
 
     def _compare_urls(self) -> None:
-        expected = url(self.want, self.password)
+        expected = __salt__["slmdb_secret_url.whole"](self.want, self.password)
         for name in self.want["url_keys"]:
             present = self.values.get(name)
             if present == expected:
@@ -308,9 +284,26 @@ class Plan(str):
                 raise CommandExecutionError(
                     f"{self.store.path} is cut off in {name}: remove that line"
                 )
-            parts = _URL.match(present)
-            if parts and _ours(self.want, parts):
-                self._set_url(name, "stale", expected)
+            renewed = self._renewed(present)
+            if renewed not in (None, present):
+                self._set_url(name, "stale", renewed)
+
+    def _renewed(self, text: str) -> str | None:
+        known = {self.password, *__salt__["slmdb_secret_url.known"](self.want, self.values)}
+        return __salt__["slmdb_secret_url.renewed"](self.want, text, self.password, known)
+
+    def refuse_own_urls(self) -> None:
+        """Raise CommandExecutionError if another password would lock an operator's URL out."""
+        for name in self.want["url_keys"]:
+            text = self.values.get(name, "")
+            held = __salt__["slmdb_secret_url.holds"](text, self.password)
+            if held and self._renewed(text) is None:
+                apart = __salt__["slmdb_secret_url.apart"](self.want, text)
+                raise CommandExecutionError(
+                    f"{self.store.path}: {name} is your own ({apart}) and holds the present "
+                    "password, which it would keep: change it to the formula's form, or take it "
+                    f"out of {_named(self.want, 'url_keys')}; nothing was changed"
+                )
 
     def _set_url(self, name: str, old: str | None, expected: str) -> None:
         self._note(name, old, "in step")
@@ -322,7 +315,8 @@ class Plan(str):
                 self._note(name, None, "generated")
                 self.edits[name] = generated(self.want["length"])
         if self.want["rotate_every"] and self.since_key not in self.values:
-            since = _day(None if self.want["key"] in self.edits else self.store.found)
+            fresh = self.rotation or self.want["key"] in self.edits
+            since = _day(None if fresh else self.store.found)
             self._note(self.since_key, None, since)
             self.edits[self.since_key] = since
 
@@ -397,40 +391,13 @@ def supplied(want: dict[str, Any]) -> Supplied:
     value = __salt__["config.get"](name, None)
     if value is None:
         raise CommandExecutionError(
-            f"slm_database:secret:from_pillar: pillar has no key {name}: supply it"
+            f"{_named(want, 'from_pillar')}: pillar has no key {name}: supply it"
         )
     if not isinstance(value, str) or not value or not __salt__["slmdb_envfile.valid_text"](value):
         raise CommandExecutionError(
-            f"slm_database:secret:from_pillar: pillar key {name} must hold a text"
+            f"{_named(want, 'from_pillar')}: pillar key {name} must hold a text"
         )
     return Supplied(value)
-
-
-def stale_urls(want: dict[str, Any], store: Any) -> list[str]:
-    """
-    Name the URL keys whose password is not the one of the file's key.
-
-    want
-        What ``wanted`` returns.
-    store
-        An open ``Store``.
-
-    Returns a list of names, those that the operator wrote for another host, driver or option
-    included.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret_plan.stale_urls "$WANTED" "$STORE"
-    """
-    values = store.values()
-    stale = []
-    for name in want["url_keys"]:
-        parts = _URL.match(values.get(name, ""))
-        if parts and parts["password"] and unquote(parts["password"]) != values.get(want["key"]):
-            stale.append(name)
-    return stale
 
 
 def own_urls(want: dict[str, Any], store: Any) -> list[str]:
@@ -442,7 +409,7 @@ def own_urls(want: dict[str, Any], store: Any) -> list[str]:
     store
         An open ``Store``.
 
-    Returns a list of names; a URL for another host, driver or option is the operator's.
+    Returns a list of names; a URL for another role, host, driver or option is the operator's.
 
     CLI Example:
 
@@ -451,8 +418,9 @@ def own_urls(want: dict[str, Any], store: Any) -> list[str]:
         salt-call slmdb_secret_plan.own_urls "$WANTED" "$STORE"
     """
     values = store.values()
-    found = ((name, _URL.match(values.get(name, ""))) for name in want["url_keys"])
-    return [name for name, parts in found if parts and _ours(want, parts)]
+    ours = __salt__["slmdb_secret_url.ours"]
+    known = __salt__["slmdb_secret_url.known"](want, values)
+    return [name for name in want["url_keys"] if ours(want, values.get(name, ""), known)]
 
 
 def adopted_in_step(path: str, role: str) -> bool:

@@ -37,9 +37,19 @@ class _Rotation:
 
     def __init__(self, plan: Any):
         self.plan, self.want, self.store = plan, plan.want, plan.store
+        self.application = self.want["role"] == __salt__["slmdb_pillar.get"]("role")
         self.login_works = self._login(plan.password) is True
         self.touched = False
         self.report: dict[str, Any] = {"role": self.want["role"], "file": self.want["file"]}
+
+    def complete(self) -> None:
+        """Write what the file lacks: a killed rotation is found again by the key alone."""
+        present = self.store.values()
+        missing = {
+            name: text for name, text in self.plan.edits.items() if present.get(name) != text
+        }
+        if missing:
+            self._save(missing)
 
     def begin(self, new: str) -> None:
         self._save({self.plan.next_key: new})
@@ -89,11 +99,14 @@ class _Rotation:
             changes[self.plan.since_key] = today
         self._save(changes)
         refused = self._login(old) is not True if self.report["login"] is True else None
-        stale = __salt__["slmdb_secret_plan.stale_urls"](self.want, self.store)
+        stale = __salt__["slmdb_secret_url.stale_urls"](self.want, self.store)
         return {**self.report, "rotated": True, "old_password_refused": refused, "url_stale": stale}
 
-    def _login(self, password: str) -> bool | str:
+    def _login(self, password: str) -> bool | str | None:
+        """Log in over TCP; None if no rule is sure to admit the role: the verifier is the proof."""
         want = self.want
+        if not self.application and want["database"] == __salt__["slmdb_pillar.get"]("database"):
+            return None
         return __salt__["slmdb_verifier.login"](
             want["role"], password, want["database"], "127.0.0.1", want["port"]
         )
@@ -101,9 +114,8 @@ class _Rotation:
     def _put(self, password: str) -> None:
         __salt__["slmdb_verifier.put"](self.want["role"], password)
 
-    def _urls(self, password: str) -> dict[str, str | None]:
-        names = __salt__["slmdb_secret_plan.own_urls"](self.want, self.store)
-        return {name: __salt__["slmdb_secret_plan.url"](self.want, password) for name in names}
+    def _urls(self, password: str) -> dict[str, str]:
+        return __salt__["slmdb_secret_url.renewed_urls"](self.want, self.store, password)
 
     def _without_helpers(self) -> dict[str, str | None]:
         present = self.store.values()
@@ -124,12 +136,12 @@ def rotate(plan: Any, new: str | None = None, strict: bool = True) -> dict[str, 
     new
         The new password; None makes one.
     strict
-        Whether a login with the present password must work first; else, where it does not, the
-        verifier alone is the proof.
+        Whether a login of the application's role with the present password must work first; else,
+        where it does not, the verifier alone is the proof.
 
-    Returns role, file, backend (what was done with it), login, rotated, old_password_refused and
-    url_stale. Raises ``CommandExecutionError`` if the new password did not work: everything is as
-    before then.
+    Returns role, file, backend (what was done with it), login (None if none was tried), rotated,
+    old_password_refused and url_stale. Raises ``CommandExecutionError`` if the new password did not
+    work: everything is as before then.
 
     CLI Example:
 
@@ -139,6 +151,7 @@ def rotate(plan: Any, new: str | None = None, strict: bool = True) -> dict[str, 
     """
     rotation = _Rotation(plan)
     _check(rotation, strict)
+    rotation.complete()
     new = new or __salt__["slmdb_secret_plan.generated"](plan.want["length"])
     rotation.begin(new)
     rotation.switch(plan.password, new)
@@ -164,10 +177,9 @@ def preview(plan: Any) -> dict[str, Any]:
     rotation = _Rotation(plan)
     if plan.rotation != "interrupted":
         _check(rotation, strict=True)
-    urls = __salt__["slmdb_secret_plan.own_urls"](plan.want, plan.store)
     return {
         **rotation.report,
-        "keys": [plan.want["key"], *urls],
+        "keys": list(dict.fromkeys([plan.want["key"], *rotation._urls(""), *plan.edits])),
         "backend": __salt__["slmdb_secret_backend.intention"](plan.want),
         "interrupted": plan.rotation == "interrupted",
         "rotated": False,
@@ -180,7 +192,8 @@ def _check(rotation: _Rotation, strict: bool) -> None:
         raise CommandExecutionError(
             f"{plan.store.path} and the server are not in step: apply slm_database.secret first"
         )
-    if strict and not rotation.login_works:
+    plan.refuse_own_urls()
+    if strict and rotation.application and not rotation.login_works:
         raise CommandExecutionError(
             "the present password does not log in over 127.0.0.1 "
             f"({rotation._login(plan.password)}), so a new one could not be proven: "

@@ -141,16 +141,71 @@ def test_urls_follow_the_password(host):
     "own",
     [
         "postgresql+asyncpg://autobot_slm:old@db.example:5432/autobot_slm",
-        "postgresql+psycopg://autobot_slm:old@localhost:5432/autobot_slm",
+        "postgresql+psycopg://autobot_slm:old@localhost:5433/autobot_slm",
         "postgresql+asyncpg://autobot_slm:old@localhost:5432/autobot_slm?ssl=require",
+        "postgresql+asyncpg://autobot_slm:o/l+d=#@h1:5432,h2:5432/autobot_slm",
+        "postgresql+asyncpg://reporting:theirs@localhost:5433/reports",
     ],
 )
 def test_an_operators_own_url_is_left_alone_and_reported(host, own):
-    """Another host, driver or option is the operator's choice; health tells of the old password."""
-    secrets.write(f"DATABASE_URL={own}\n".encode())
-    apply(host)
-    assert secrets.value("DATABASE_URL") == own
+    """Another role, host, port or option is the operator's choice; health tells of the password."""
+    secrets.write(f"SLM_DB_PASSWORD=mine\nDATABASE_URL='{own}'\n".encode())
+    assert apply(host) == host_changes("SLM_DATABASE_URL")
+    assert apply(host) == {}
+    assert secrets.value("DATABASE_URL") == f"'{own}'"
     assert host.call("slmdb_secret.facts")["url_stale"] == ["DATABASE_URL"]
+    secrets.write(f"DATABASE_URL='{own}'\n".encode())
+    secrets.psql("ALTER ROLE autobot_slm PASSWORD NULL")
+    assert apply(host)["SLM_DB_PASSWORD"]["new"] == "generated"
+
+
+def host_changes(*names):
+    """What the first run on a host changes if the file has the password."""
+    return {
+        **{name: {"old": None, "new": "in step"} for name in names},
+        "group on this host": {"old": None, "new": secrets.GROUP},
+        "verifier of autobot_slm": {"old": None, "new": "scram-sha-256"},
+        "group": {"old": "root", "new": secrets.GROUP},
+    }
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "postgresql+asyncpg://autobot_slm:{}@127.0.0.1:5432/autobot_slm",
+        "postgresql://autobot_slm:{}@[::1]/autobot_slm",
+        "postgresql+psycopg://autobot_slm:{}@localhost:5432/autobot_slm",
+    ],
+)
+def test_an_operators_url_for_the_role_on_this_host_has_its_password(host, own):
+    """The rest of it is kept, a second run changes nothing, and a rotation takes it along."""
+    secrets.write(f"SLM_DB_PASSWORD=new pass\nDATABASE_URL={own.format('old')}\n".encode())
+    announced = host.state("slmdb_secret.present", test=True).changes
+    assert apply(host) == announced
+    assert announced["DATABASE_URL"] == {"old": "stale", "new": "in step"}
+    assert secrets.value("DATABASE_URL").strip('"') == own.format("new%20pass")
+    assert apply(host) == {}
+    host.call("slmdb_secret.rotate")
+    assert secrets.value("DATABASE_URL").strip('"') == own.format(secrets.value("SLM_DB_PASSWORD"))
+    assert apply(host) == {}
+
+
+def test_a_url_follows_the_role_database_and_port_of_the_pillar(host):
+    """Its password shows that it is ours, whatever names it has."""
+    text = "postgresql+asyncpg://before:mine@localhost:5433/earlier"
+    secrets.write(f"SLM_DB_PASSWORD=mine\nDATABASE_URL={text}\n".encode())
+    assert apply(host)["DATABASE_URL"] == {"old": "stale", "new": "in step"}
+    assert secrets.value("DATABASE_URL") == url("mine")
+
+
+def test_a_url_that_cannot_be_compared_is_named(host):
+    """It is left alone and is not called stale."""
+    text = "postgresql+asyncpg://a/b:c@localhost/autobot_slm"
+    secrets.write(f"SLM_DB_PASSWORD=mine\nDATABASE_URL={text}\n".encode())
+    apply(host)
+    assert secrets.value("DATABASE_URL") == text
+    found = host.call("slmdb_secret.facts")
+    assert (found["url_stale"], found["url_unclear"]) == ([], ["DATABASE_URL"])
 
 
 def test_other_keys_are_made_on_request_and_kept(host, minions):
@@ -621,6 +676,37 @@ def test_another_supplied_password_is_a_rotation(host, minions):
     assert b"_NEXT" not in secrets.FILE.read_bytes()
 
 
+def test_a_supplied_rotation_announces_all_that_it_makes(host, minions):
+    """With test=True it names what a run makes beside it, and what becomes of the backend."""
+    apply(host)
+    more = {"generate_missing": ["NEW_KEY"], "rotate_every": "90d"}
+    pillar = {"secret": {"from_pillar": "vault:db", **more}}
+    minion = minions({"slm_database": pillar, "vault": {"db": "second one"}})
+    announced = minion.state("slmdb_secret.present", test=True).changes
+    assert set(announced) == {"rotation", "NEW_KEY", "SLM_DB_PASSWORD_SINCE"}
+    assert "backend: left alone (no systemd here)" in announced["rotation"]["new"]
+    assert apply(minion) == announced
+    assert secrets.value("SLM_DB_PASSWORD_SINCE") == announced["SLM_DB_PASSWORD_SINCE"]["new"]
+    assert secrets.value("NEW_KEY")
+    assert secrets.log_in("second one")
+    assert apply(minion) == {}
+
+
+def test_a_supplied_password_that_would_lock_an_own_url_out_is_refused(host, minions):
+    """Said with test=True as well, and before anything is touched."""
+    own = "postgresql+asyncpg://autobot_slm:first@db.example/autobot_slm"
+    secrets.write(f"SLM_DB_PASSWORD=first\nDATABASE_URL={own}\n".encode())
+    apply(host)
+    minion = supplied(minions, "second one")
+    before = secrets.seen()
+    for keywords in ({"test": True}, {}):
+        run = minion.state("slmdb_secret.present", **keywords)
+        assert run.result is False
+        assert "DATABASE_URL is your own (host db.example, not localhost)" in run.comment
+    assert minion.state("slmdb_secret.applicable").result is False
+    assert secrets.seen() == before
+
+
 @pytest.mark.parametrize("value", [None, 5, "", "a\0b", ["x"]])
 def test_a_supplied_password_that_is_none_stops_the_run(host, minions, value):
     """The pillar key is named, its value is not."""
@@ -688,6 +774,26 @@ def test_roles_of_the_pillar_get_theirs(host, minions):
     password = secrets.value("EXTRA", secrets.DIRECTORY / "extra.env")
     assert secrets.log_in(password, "extra", "postgres")
     assert secrets.log_in("by reference", "vaulted", "postgres")
+
+
+def test_a_mistake_of_another_role_names_its_own_key(host, minions):
+    """The line leads to where the operator wrote it."""
+    secrets.psql("CREATE ROLE extra LOGIN; CREATE ROLE vaulted LOGIN")
+    minion = minions({"slm_database": {"roles": {"vaulted": {"password_pillar": "vault:none"}}}})
+    said = minion.state("slmdb_secret.applicable").comment
+    assert said.startswith("slm_database:roles:vaulted:password_pillar: pillar has no key")
+    extra = {"file": "/etc/autobot/extra.env", "key": "EXTRA", "owner": "nobody-here"}
+    minion = minions({"slm_database": {"roles": {"extra": {"secret": extra}}}})
+    said = minion.state("slmdb_secret.applicable").comment
+    assert said.startswith("slm_database:roles:extra:secret:owner: there is no user nobody-here")
+    secrets.psql("ALTER ROLE extra PASSWORD 'unknown'")
+    said = minion.state("slmdb_secret.applicable").comment
+    assert "EXTRA=..." in said
+    assert "adopt" not in said
+    vaulted = {"vaulted": {"password_pillar": "vault:other"}}
+    minion = minions({"slm_database": {"roles": vaulted}, "vault": {"other": "text"}})
+    with pytest.raises(SaltInvocationError, match="supplied by pillar key vault:other"):
+        minion.call("slmdb_secret.rotate", role="vaulted")
 
 
 def test_an_unknown_argument_is_named(host):
@@ -781,7 +887,9 @@ def test_a_child_of_ours_gets_the_variables_and_their_values_are_masked(host):
     environment.update(variables)
     password = secrets.value("SLM_DB_PASSWORD")
     assert environment["SLM_DB_PASSWORD"] == password
+    environment["PLACE"] = "postgresql://role:raw/p+w@localhost/db"
     hidden = host.call("slmdb_secret.hidden", environment)
+    assert "raw/p+w" in hidden
     assert password in hidden
     assert "5432" not in hidden
 

@@ -160,6 +160,79 @@ def test_a_rotation_that_cannot_be_proven_does_not_begin(host, spoil, says, dry_
     assert secrets.seen() == before
 
 
+OWN = {
+    "host db.example, not localhost": "autobot_slm:{}@db.example/autobot_slm",
+    "port 5433, not 5432": "autobot_slm:{}@127.0.0.1:5433/autobot_slm",
+    "with options": "autobot_slm:{}@localhost:5432/autobot_slm?ssl=require",
+    "another driver, user or database": "other:{}@127.0.0.1/autobot_slm",
+    "of another form": "/autobot_slm?password={}",
+}
+
+
+@pytest.mark.parametrize("apart", OWN)
+@pytest.mark.parametrize("form", ["p%C3%A4ss", "päss"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_operators_url_with_the_present_password_stops_a_rotation(host, apart, form, dry_run):
+    """It would keep the old password; the line names the file, the key and the two ways out."""
+    own = f"postgresql+asyncpg://{OWN[apart].format(form)}"
+    secrets.write(f"SLM_DB_PASSWORD=päss\nDATABASE_URL={own}\n".encode())
+    assert host.state("slmdb_secret.present").result is True
+    before = secrets.seen()
+    with pytest.raises(CommandExecutionError) as error:
+        host.call("slmdb_secret.rotate", dry_run=dry_run)
+    said = str(error.value)
+    assert f"{secrets.FILE}: DATABASE_URL is your own ({apart})" in said
+    assert "slm_database:secret:url_keys" in said
+    assert len(said.splitlines()) == 1
+    assert "p%C3%A4ss" not in said and "päss" not in said
+    assert secrets.seen() == before
+
+
+class _Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_file_without_the_key_is_completed_before_it_is_rotated(host, monkeypatch):
+    """A rotation that ends between the server and the file's switch is finished by the next run."""
+    lines = secrets.FILE.read_text().splitlines(True)
+    secrets.write("".join(lines[1:]).encode())
+    rename = os.rename
+
+    def killed(source, target, **keywords):
+        if "_PREVIOUS" in (secrets.DIRECTORY / source).read_text():
+            raise _Killed
+        rename(source, target, **keywords)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(_Killed):
+        host.call("slmdb_secret.rotate")
+    monkeypatch.undo()
+    following = secrets.value("SLM_DB_PASSWORD_NEXT")
+    assert secrets.log_in(following)
+    assert host.state("slmdb_secret.present").result is True
+    assert password() == following
+    assert "_NEXT" not in secrets.FILE.read_text()
+    assert host.call("slmdb_secret.rotate")["rotated"] is True
+    assert secrets.log_in(password())
+
+
+def test_a_role_that_no_rule_admits_is_rotated(host, minions):
+    """What the server has is the proof for a further role: a login of it may be meant to fail."""
+    secrets.psql("CREATE ROLE extra NOLOGIN")
+    file = secrets.DIRECTORY / "extra.env"
+    extra = {"secret": {"file": str(file), "key": "EXTRA"}}
+    minion = minions({"slm_database": {"roles": {"extra": extra}}})
+    assert minion.state("slmdb_secret.present").result is True
+    old = secrets.value("EXTRA", file)
+    assert minion.call("slmdb_secret.rotate", role="extra", dry_run=True)["keys"] == ["EXTRA"]
+    report = minion.call("slmdb_secret.rotate", role="extra")
+    assert (report["rotated"], report["login"]) == (True, None)
+    assert report["old_password_refused"] is None
+    assert secrets.value("EXTRA", file) != old
+    assert minion.call("slmdb_verifier.in_step", "extra", secrets.value("EXTRA", file))
+    assert minion.state("slmdb_secret.present").changes == {}
+
+
 def test_the_backend_is_restarted_and_seen_to_log_in(host, backend):
     """While it restarts, the file has the new password, and the next one stands beside it."""
     report = host.call("slmdb_secret.rotate")
@@ -429,6 +502,27 @@ def test_an_older_install_is_adopted_under_new_names(older):
     assert minion.state("slmdb_secret.present").result is True
     assert secrets.log_in("of old")
     assert secrets.psql("SELECT answer FROM kept", "autobot_slm") == "42"
+
+
+@pytest.mark.parametrize("known", ["", "SLM_DB_PASSWORD='of old'\n", "DATABASE_URL={}\n"])
+def test_a_rename_without_a_password_to_go_on_with_is_refused(older, known):
+    """Without a credentials file the secret file must have it, as its key or in its URL."""
+    secrets.psql("SET password_encryption = 'scram-sha-256'; ALTER ROLE slm_app PASSWORD 'of old'")
+    url = "postgresql+asyncpg://slm_app:of%20old@localhost:5432/slm"
+    secrets.write(f"OTHER=1\n{known.format(url)}".encode())
+    adopt = {name: value for name, value in RENAMED["adopt"].items() if name != "credentials_file"}
+    minion = older({"slm_database": {**RENAMED, "adopt": adopt}})
+    before = secrets.seen()
+    for test in (True, False):
+        run = minion.state("slmdb_secret.adopted", test=test)
+        if not known:
+            assert run.result is False
+            assert "role slm_app has a password" in run.comment
+            assert secrets.seen() == before
+    if known:
+        assert run.result is True
+        assert minion.state("slmdb_secret.present").result is True
+        assert secrets.log_in("of old")
 
 
 def _occupied():
