@@ -58,6 +58,12 @@ def _newer(version: str, than: str) -> bool:
     return _run(compared)["retcode"] == 0
 
 
+def _stays(package: str, version: str) -> bool:
+    """Whether a version keeps to our major: a meta-package has it in its version, as 15+248."""
+    major = __salt__["slmdb_instance.version"]()
+    return f"-{major}" in package or version.partition("+")[0] == major
+
+
 def available() -> list[dict[str, Any]]:
     """
     List the updates that the host's package lists have for the server's packages.
@@ -69,8 +75,9 @@ def available() -> list[dict[str, Any]]:
         salt-call slmdb_update.available
 
     Returns rows with ``package``, ``installed``, ``candidate`` and ``security`` (whether it comes
-    from a security archive), empty if there is none; held packages are listed too. Raises
-    ``CommandExecutionError`` if the major cannot be told.
+    from a security archive), empty if there is none; held packages are listed too. A meta-package
+    that would lead to another major is not. Raises ``CommandExecutionError`` if the major cannot
+    be told.
     """
     names = sorted(__salt__["slmdb_hold.installed"]())
     if not names:
@@ -78,7 +85,7 @@ def available() -> list[dict[str, Any]]:
     rows = []
     for name, found in _policies(_run(["apt-cache", "policy", *names])["stdout"]).items():
         old, new = found.get("installed"), found.get("candidate")
-        if old and new and old != new and _newer(new, old):
+        if old and new and old != new and _stays(name, new) and _newer(new, old):
             sources = " ".join(found["sources"].get(new, []))
             security = "-security/" in sources or "-security " in sources
             row = {"package": name, "installed": old, "candidate": new, "security": security}
@@ -166,13 +173,26 @@ def _last(answer: dict) -> str:
     return (errors or lines)[-1].strip()
 
 
-def _apt(*words: str) -> None:
+def _apt(*words: str) -> str:
     options = ["-q", "-y", "--allow-change-held-packages", "--only-upgrade", "--no-remove"]
     for option in ("Dpkg::Options::=--force-confdef", "Dpkg::Options::=--force-confold"):
         options += ["-o", option]
     answer = _run(["apt-get", *options, "-o", "DPkg::Lock::Timeout=300", *words])
     if answer["retcode"]:
         raise CommandExecutionError(f"apt: {_last(answer)}")
+    return answer["stdout"]
+
+
+def _refuse_majors(wanted: list[str]) -> None:
+    """Nothing that is new may come along for another major: its package may start a server."""
+    major = __salt__["slmdb_instance.version"]()
+    said = _apt("--simulate", "install", *wanted)
+    coming = re.findall(r"^Inst (postgresql(?:-client)?-(\d+)) \(", said, re.MULTILINE)
+    others = ", ".join(name for name, its in coming if its != major)
+    if others:
+        raise CommandExecutionError(
+            f"apt would install {others} along with the update; this is PostgreSQL {major}"
+        )
 
 
 def apply(rows: list[dict[str, Any]]) -> None:
@@ -196,6 +216,7 @@ def apply(rows: list[dict[str, Any]]) -> None:
         return
     if _run(["dpkg", "--audit"])["stdout"].strip():
         _run(["dpkg", "--configure", "-a", "--force-confold"])
+    _refuse_majors(wanted)
     _apt("--download-only", "install", *wanted)
     try:
         _apt("install", *wanted)

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from salt.exceptions import CommandExecutionError
 
 LISTS = Path("/var/lib/apt/lists")
 
@@ -60,6 +61,32 @@ def test_updates_are_listed_held_or_not(offered):
     lines = offered.call("slmdb_pending.lines")
     wanted = f"security update of postgresql-15: {offered.installed} → 15.99-0+deb12u1"
     assert wanted in lines
+
+
+def test_a_meta_package_never_leaves_the_major(offered):
+    """Another repository's newest one is no update; one of our own major is."""
+    path = Path(f"{LISTS}/mirror.example_dists_bookworm-security_main_binary-amd64_Packages")
+    before = path.read_text()
+    for version, listed in (("18+999.pgdg12+1", False), ("15+999", True)):
+        path.write_text(
+            before
+            + f"\nPackage: postgresql-contrib\nVersion: {version}\nArchitecture: all\n"
+            + "Filename: b.deb\nSize: 1\n"
+        )
+        rows = {row["package"]: row for row in offered.call("slmdb_update.available")}
+        assert ("postgresql-contrib" in rows) is listed
+
+
+def test_an_update_that_would_bring_another_major_is_refused(offered):
+    """apt is asked before anything is downloaded."""
+    path = Path(f"{LISTS}/mirror.example_dists_bookworm-security_main_binary-amd64_Packages")
+    stanza = "Package: {}\nVersion: {}\nArchitecture: amd64\nFilename: {}.deb\nSize: 1\n"
+    server = stanza.format("postgresql-15", "15.99-0+deb12u1", "a")
+    server += "Provides: postgresql-contrib-15\nDepends: postgresql-18\n"
+    path.write_text(server + "\n" + stanza.format("postgresql-18", "18.1-1", "b"))
+    rows = offered.call("slmdb_update.available")
+    with pytest.raises(CommandExecutionError, match="apt would install postgresql-18 along"):
+        offered.call("slmdb_update.apply", rows)
 
 
 def test_the_changelog_of_a_downloaded_update_is_quoted(offered, tmp_path):
