@@ -77,12 +77,13 @@ def restart() -> list[dict[str, Any]]:
 
         salt-call slmdb_pending.restart
 
-    Returns rows with ``name``, ``old`` and ``new``: settings, with ``since`` when they wait, and
-    ``server`` if another version is installed than runs. Raises ``CommandExecutionError`` if the
-    server cannot be asked.
+    Returns rows with ``name``, ``old`` and ``new``: settings, with ``since`` when they wait,
+    ``server`` if another version is installed than runs, and ``unit`` if the server runs outside
+    ours. Raises ``CommandExecutionError`` if the server or systemd cannot be asked.
     """
     version = server_version()
-    return [*__salt__["slmdb_config.pending"](), *([version] if version else [])]
+    rows = [*__salt__["slmdb_config.pending"](), *([version] if version else [])]
+    return rows + __salt__["slmdb_service.parked"]()
 
 
 def migrations() -> list[dict[str, Any]]:
