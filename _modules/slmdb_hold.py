@@ -37,14 +37,14 @@ def installed() -> dict[str, dict]:
 
         salt-call slmdb_hold.installed
 
-    Returns package to ``version`` and ``held``. Raises ``CommandExecutionError`` if the major
-    cannot be told.
+    Returns package to ``version``, ``held`` and ``half_done`` (the state in which an interruption
+    left it, or ``None``). Raises ``CommandExecutionError`` if the major cannot be told.
     """
     pattern = re.compile(_ours())
     return {
-        name: {"version": row["version"], "held": row["held"]}
+        name: {what: row[what] for what in ("version", "held", "half_done")}
         for name, row in __salt__["slmdb_package.known"]("postgresql[^\n]*").items()
-        if row["installed"] and (name in META or pattern.match(name))
+        if (row["installed"] or row["half_done"]) and (name in META or pattern.match(name))
     }
 
 
