@@ -246,6 +246,18 @@ def _complete() -> None:
         _apt("--fix-broken", "install")
 
 
+def _install(wanted: list[str]) -> None:
+    """Install and hold again; neither failure hides the other."""
+    trouble = []
+    for step in (lambda: _apt("install", *wanted), __salt__["slmdb_hold.apply"]):
+        try:
+            step()
+        except CommandExecutionError as err:
+            trouble.append(str(err))
+    if trouble:
+        raise CommandExecutionError("; ".join(trouble))
+
+
 def apply(rows: list[dict[str, Any]]) -> None:
     """
     Install updates: everything is downloaded first, nothing is removed, the holds are kept.
@@ -269,10 +281,7 @@ def apply(rows: list[dict[str, Any]]) -> None:
     _complete()
     _refuse_majors(wanted)
     _apt("--download-only", "install", *wanted)
-    try:
-        _apt("install", *wanted)
-    finally:
-        __salt__["slmdb_hold.apply"]()
+    _install(wanted)
     found = __salt__["slmdb_hold.installed"]()
     for row in rows:
         there = found.get(row["package"], {"version": None, "half_done": None})
