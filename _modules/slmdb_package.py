@@ -202,11 +202,18 @@ def _install(missing: list[str]) -> None:
     free = sorted(name for name in found if not found[name]["held"] and name not in missing)
     __salt__["slmdb_hold.mark"]("hold", free)
     try:
-        __salt__["pkg.install"](pkgs=missing, refresh=False)
+        __salt__["pkg.install"](pkgs=[_of_our_major(name) for name in missing], refresh=False)
     except CommandExecutionError as err:
         raise CommandExecutionError(f"apt: {__salt__['slmdb_update.why'](str(err))}") from None
     finally:
         __salt__["slmdb_hold.mark"]("unhold", free)
+
+
+def _of_our_major(name: str) -> str | dict[str, str]:
+    """The newest meta-package may be another repository's and bring another major's server."""
+    if name != __salt__["slmdb_pillar.get"]("distribution", "contrib"):
+        return name
+    return {name: __salt__["slmdb_update.keeping"](name)}
 
 
 def _half_done() -> bool:

@@ -110,6 +110,32 @@ def _security(sources: list[str]) -> bool:
     return any("-security/" in source or "-security " in source for source in sources)
 
 
+def keeping(package: str) -> str:
+    """
+    Return the newest version of a meta-package that leads to our major.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_update.keeping postgresql-contrib
+
+    package
+        Its name.
+
+    Returns a version. Raises ``CommandExecutionError`` if the host's package lists have none.
+    """
+    found = _policies(_run(["apt-cache", "policy", package])["stdout"]).get(package, {})
+    for version in found.get("sources", {}):  # the newest is listed first
+        if _stays(package, version):
+            return version
+    major = __salt__["slmdb_instance.version"]()
+    raise CommandExecutionError(
+        f"{package}: no package source of this host has one of PostgreSQL {major}; "
+        "slm_database:repository: pgdg needs none"
+    )
+
+
 def _from_archive(version: str) -> str:
     """The changelog of that version in a package that was downloaded already."""
     for path in glob.glob(f"{ARCHIVES}/postgresql-*_{version.replace(':', '%3a')}_*.deb"):
