@@ -21,7 +21,7 @@ RESTARTS = "/etc/needrestart/conf.d/autobot-slm-database.conf"
 PATIENCE, PAUSE = 300, 2  # seconds; apt-mark does not wait for dpkg's lock, unlike apt-get
 META = ("postgresql", "postgresql-client", "postgresql-contrib")
 # dpkg's words for a lock that another holds, and apt-mark's for a dpkg that did not begin.
-_LOCKED = re.compile(r"lock|Executing dpkg failed")
+_LOCKED = re.compile(r"\block(ed)?\b|Executing dpkg failed")
 
 
 def __virtual__() -> str:

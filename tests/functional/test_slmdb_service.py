@@ -123,6 +123,16 @@ def test_systemd_that_is_slow_is_no_reason_either(server, systemd, monkeypatch):
             server.call(f"slmdb_service.{function}")
 
 
+def test_systemd_that_cannot_be_asked_takes_no_configuration_back(server, systemd):
+    """A restart that was not tried says nothing about the settings."""
+    (systemd / "failing").touch()
+    ours = Path("/etc/postgresql/15/main/conf.d/50-autobot-slm.conf")
+    ours.write_text("max_connections = 50\n")
+    with pytest.raises(CommandExecutionError, match=f"^{UNANSWERED}"):
+        server.call("slmdb_lastgood.restart")
+    assert ours.read_text() == "max_connections = 50\n"
+
+
 @pytest.mark.parametrize("how", ["failing", "slow"])
 def test_a_report_says_once_that_systemd_cannot_be_asked(server, systemd, how):
     """Within its deadline, and with everything else in it."""
