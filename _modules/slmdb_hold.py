@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from typing import Any
 
 from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_hold"
 
 RECORD = "/var/lib/autobot-slm-database/packages.json"
+HOLDS = "/var/lib/autobot-slm-database/holds.json"
 UPGRADES = "/etc/apt/apt.conf.d/52autobot-slm-database"
 RESTARTS = "/etc/needrestart/conf.d/autobot-slm-database.conf"
+PATIENCE, PAUSE = 300, 2  # seconds; apt-mark does not wait for dpkg's lock, unlike apt-get
 META = ("postgresql", "postgresql-client", "postgresql-contrib")
+# dpkg's words for a lock that another holds, and apt-mark's for a dpkg that did not begin.
+_LOCKED = re.compile(r"\block(ed)?\b|Executing dpkg failed")
 
 
 def __virtual__() -> str:
@@ -37,14 +43,14 @@ def installed() -> dict[str, dict]:
 
         salt-call slmdb_hold.installed
 
-    Returns package to ``version`` and ``held``. Raises ``CommandExecutionError`` if the major
-    cannot be told.
+    Returns package to ``version``, ``held`` and ``half_done`` (the state in which an interruption
+    left it, or ``None``). Raises ``CommandExecutionError`` if the major cannot be told.
     """
     pattern = re.compile(_ours())
     return {
-        name: {"version": row["version"], "held": row["held"]}
+        name: {what: row[what] for what in ("version", "held", "half_done")}
         for name, row in __salt__["slmdb_package.known"]("postgresql[^\n]*").items()
-        if row["installed"] and (name in META or pattern.match(name))
+        if (row["installed"] or row["half_done"]) and (name in META or pattern.match(name))
     }
 
 
@@ -64,12 +70,29 @@ def _files() -> dict[str, bytes]:
     return {UPGRADES: upgrades.encode(), RESTARTS: restarts.encode()}
 
 
-def _recorded() -> dict[str, str] | None:
+def _read(path: str, kind: type) -> Any:
     try:
-        kept = json.loads(__salt__["slmdb_file.read"](RECORD) or b"null")
+        kept = json.loads(__salt__["slmdb_file.read"](path) or b"null")
     except ValueError:
         return None
-    return kept if isinstance(kept, dict) else None
+    return kept if isinstance(kept, kind) else None
+
+
+def _recorded() -> dict[str, str] | None:
+    return _read(RECORD, dict)
+
+
+def _claimed() -> set[str]:
+    """The packages that were not held before we held them; all, where nobody wrote down which."""
+    kept = _read(HOLDS, list)
+    return set(_recorded() or {} if kept is None else kept)
+
+
+def _claim(names: list[str]) -> None:
+    """Remember holds as ours, before they are: a kill in between must not make them another's."""
+    ours = sorted(_claimed().union(names))
+    if ours != _read(HOLDS, list):
+        __salt__["slmdb_file.write"](HOLDS, (json.dumps(ours, indent=1) + "\n").encode())
 
 
 def _version_changes(found: dict[str, dict]) -> dict:
@@ -77,8 +100,8 @@ def _version_changes(found: dict[str, dict]) -> dict:
     kept, changes = _recorded(), {}
     if kept is None:
         return {RECORD: {"old": None, "new": "present"}}
-    for name in sorted({*found, *kept}):
-        old, new = kept.get(name), found.get(name, {}).get("version")
+    for name, old in sorted(kept.items()):  # one that is new may be of this very run
+        new = found.get(name, {}).get("version")
         if old != new:
             changes[name] = {"old": old, "new": f"{new}, by somebody's hand" if new else None}
     return changes
@@ -129,14 +152,34 @@ def mark(verb: str, names: list[str]) -> None:
     names
         The packages; none: nothing happens.
 
-    Returns nothing. Raises ``CommandExecutionError`` if apt refuses.
+    What is held by this is remembered as ours. While another program works with dpkg it is waited
+    for, up to five minutes. Returns nothing. Raises ``CommandExecutionError`` if apt refuses.
     """
     if not names:
         return
-    answer = __salt__["cmd.run_all"](["apt-mark", verb, *names], python_shell=False)
-    if answer["retcode"]:
-        lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
-        raise CommandExecutionError(f"apt-mark {verb}: {lines[-1]}")
+    if verb == "hold":
+        _claim(names)
+    deadline = time.monotonic() + PATIENCE
+    words = _mark(verb, names)
+    while _LOCKED.search(words) and time.monotonic() < deadline:
+        time.sleep(PAUSE)
+        words = _mark(verb, names)
+    if _LOCKED.search(words):
+        words = f"dpkg was busy for {PATIENCE} s: {words}"
+    if words:
+        raise CommandExecutionError(f"apt-mark {verb} {' '.join(names)}: {words}")
+
+
+def _mark(verb: str, names: list[str]) -> str:
+    """Return why it failed, nothing if it did not."""
+    answer = __salt__["cmd.run_all"](
+        ["apt-mark", verb, *names],
+        python_shell=False,
+        ignore_retcode=True,
+        env={"LC_ALL": "C.UTF-8"},
+    )
+    said = answer["stderr"] or answer["stdout"]
+    return __salt__["slmdb_update.why"](said) if answer["retcode"] else ""
 
 
 def apply() -> None:
@@ -178,8 +221,8 @@ def record() -> None:
 
 
 def _held_by_us() -> list[str]:
-    kept = _recorded() or {}
-    return sorted(name for name, row in installed().items() if row["held"] and name in kept)
+    ours = _claimed()
+    return sorted(name for name, row in installed().items() if row["held"] and name in ours)
 
 
 def leftovers() -> dict:
@@ -196,7 +239,7 @@ def leftovers() -> dict:
     ``CommandExecutionError`` if the major cannot be told.
     """
     changes = {f"{name}: hold": {"old": "held", "new": None} for name in _held_by_us()}
-    for path in (UPGRADES, RESTARTS, RECORD):
+    for path in (UPGRADES, RESTARTS, RECORD, HOLDS):
         changes.update(__salt__["slmdb_file.differences"](path, None))
     return changes
 
@@ -214,5 +257,5 @@ def remove() -> None:
     Returns nothing. Raises ``CommandExecutionError`` if apt or a file refuses.
     """
     mark("unhold", _held_by_us())
-    for path in (UPGRADES, RESTARTS, RECORD):
+    for path in (UPGRADES, RESTARTS, RECORD, HOLDS):
         __salt__["slmdb_file.remove"](path)

@@ -4,6 +4,7 @@ The one PostgreSQL instance: where it is, whether it runs, and how it comes to b
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -24,6 +25,11 @@ FOR_THE_APPLICATION = {"*", "0.0.0.0", "127.0.0.1", "localhost"}
 CONFIGURATION = "/etc/postgresql"
 DATA = "/var/lib/postgresql"
 SOCKETS = "/var/run/postgresql"
+# What earlier runs left that tells the major, and the key that does.
+RECORDS = {
+    "/var/lib/autobot-slm-database/settings.json": r"version-(\d+)",
+    "/var/lib/autobot-slm-database/packages.json": r"postgresql-(\d+)",
+}
 # linux/netlink.h, linux/sock_diag.h, net/tcp_states.h
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, DUMP = 4, 20, 0x301
 NLMSG_ERROR, NLMSG_DONE, TCP_LISTEN = 2, 3, 10
@@ -66,6 +72,46 @@ def _existing() -> list[str]:
     return sorted(found, key=lambda major: [int(part) for part in re.findall(r"\d+", major)])
 
 
+def _ours(existing: list[str]) -> str:
+    """Of several majors the one that is ours: a package may have made an empty newer instance."""
+    for told in (_run_by_unit, _recorded, _at_the_wanted_port):
+        found = [major for major in told(existing) if major in existing]
+        if len(found) == 1:
+            return found[0]
+    return existing[-1]
+
+
+def _run_by_unit(existing: list[str]) -> list[str]:
+    text = __salt__["slmdb_file.read"](f"/etc/systemd/system/{UNIT}.service") or b""
+    program = r"^ExecStart=\S*/postgresql/([^/]+)/bin/"
+    return re.findall(program, text.decode(errors="replace"), re.MULTILINE)
+
+
+def _recorded(existing: list[str]) -> list[str]:
+    """The major that the last apply was told, else the one whose server's package it held."""
+    for path, pattern in RECORDS.items():
+        try:
+            kept = json.loads(__salt__["slmdb_file.read"](path) or b"null")
+        except (CommandExecutionError, ValueError):
+            continue
+        kept = kept if isinstance(kept, dict) else {}
+        names = [f"version-{kept.get('version')}", *kept]
+        found = [match[1] for name in names if (match := re.fullmatch(pattern, name))]
+        if found:
+            return found
+    return []
+
+
+def _at_the_wanted_port(existing: list[str]) -> list[str]:
+    wanted = __salt__["slmdb_pillar.get"]("port")
+    return [major for major in existing if _postmaster(_data(major)).get("port") == wanted]
+
+
+def _data(major: str) -> str:
+    own = _configured(f"{CONFIGURATION}/{major}/{NAME}/postgresql.conf").get("data_directory")
+    return own or f"{DATA}/{major}/{NAME}"
+
+
 def version() -> str:
     """
     Return the major of our instance: the one that exists, else the one to be made.
@@ -76,8 +122,11 @@ def version() -> str:
 
         salt-call slmdb_instance.version
 
-    Returns a string such as ``15``. Raises ``CommandExecutionError`` if pillar asks for another
-    major than the one that exists, or the distribution is unknown and pillar names none.
+    Returns a string such as ``15``. Where several majors have an instance of our name and pillar
+    names none: the one that our unit runs, else the one that was recorded, else the one whose
+    server has the wanted port, else the highest. Raises ``CommandExecutionError`` if pillar asks
+    for another major than the one that exists, or the distribution is unknown and pillar names
+    none.
 
     A run that saw an instance keeps its major, for a clean has more to undo when it is dropped.
     """
@@ -100,7 +149,7 @@ def _version() -> str:
     if asked:
         return str(asked)
     if existing:
-        return existing[-1]
+        return existing[0] if len(existing) == 1 else _ours(existing)
     offered = __salt__["slmdb_pillar.get"]("distribution", "version")
     if not offered:
         raise CommandExecutionError(
@@ -171,7 +220,7 @@ def _found() -> dict[str, Any]:
     config_file = f"{configuration}/postgresql.conf"
     conf_file = f"{configuration}/conf.d/50-autobot-slm.conf"
     main, own = _configured(config_file), _configured(conf_file)
-    data = main.get("data_directory") or f"{DATA}/{major}/{NAME}"
+    data = _data(major)
     postmaster = _postmaster(data)
     wanted = __salt__["slmdb_pillar.get"]("port")
     configured = own.get("port") or main.get("port")

@@ -150,6 +150,8 @@ def _only_cramped(words: str) -> bool:
 
 def _attempt(verb: str) -> None:
     began = time.monotonic()
+    # If systemd cannot be asked nothing is done: that is no fault of the configuration.
+    __salt__["slmdb_service.parked"]()
     try:
         __salt__[f"slmdb_service.{verb}"]()
         return

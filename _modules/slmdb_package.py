@@ -21,6 +21,7 @@ STATUS = "/var/lib/dpkg/status"
 UPDATES = "/var/lib/dpkg/updates"
 FRESH = 3600  # seconds for which apt's lists are as good as new
 PART = 64 * 1024
+HALF_DONE = re.compile("half-installed|unpacked|half-configured|triggers-(awaited|pending)")
 FORMAT = "Package: ${Package}\nStatus: ${Status}\nVersion: ${Version}\n\n"
 
 
@@ -81,8 +82,9 @@ def known(pattern: str) -> dict[str, dict[str, Any]]:
     pattern
         A regular expression that a whole name matches.
 
-    Returns name to ``version``, ``held`` and ``installed``. Raises ``CommandExecutionError`` if
-    the record cannot be read.
+    Returns name to ``version``, ``held``, ``installed`` and ``half_done`` (what dpkg calls the
+    state in which an interruption left it, or ``None``). Raises ``CommandExecutionError`` if the
+    record cannot be read.
     """
     stanza = re.compile(rf"^Package: ({pattern})\n((?:.+\n)*)", re.MULTILINE)
     found: dict[str, dict[str, Any]] = {}
@@ -91,6 +93,7 @@ def known(pattern: str) -> dict[str, dict[str, Any]]:
         want, _, state = fields.get("Status", "unknown ok not-installed").split()
         row = {"version": fields.get("Version", ""), "held": want == "hold"}
         row["installed"] = state == "installed"
+        row["half_done"] = state if HALF_DONE.fullmatch(state) else None
         # A package may be there for several architectures.
         if row["installed"] or name not in found:
             found[name] = row
@@ -152,12 +155,6 @@ def _unavailable(missing: list[str]) -> list[str]:
     return absent
 
 
-def _last_word(text: object) -> str:
-    lines = [line.strip(" -") for line in str(text).splitlines()]
-    lines = [line for line in lines if line.startswith(("E:", "dpkg:"))]
-    return (lines or str(text).strip().splitlines() or ["no output"])[-1]
-
-
 def apply() -> None:
     """
     Install what is missing, and update no server; its package creates no instance of its own.
@@ -196,16 +193,27 @@ def _install(missing: list[str]) -> None:
             python_shell=False,
             env={"DEBIAN_FRONTEND": "noninteractive"},
         )
+        # What is complete now is installed, and to be asked for again might update it.
+        missing = _missing()
+        if not missing:
+            return
     # apt may prefer the newest server where any would do for what it installs.
     found = __salt__["slmdb_hold.installed"]()
-    free = sorted(name for name in found if not found[name]["held"])
+    free = sorted(name for name in found if not found[name]["held"] and name not in missing)
     __salt__["slmdb_hold.mark"]("hold", free)
     try:
-        __salt__["pkg.install"](pkgs=missing, refresh=False)
+        __salt__["pkg.install"](pkgs=[_of_our_major(name) for name in missing], refresh=False)
     except CommandExecutionError as err:
-        raise CommandExecutionError(f"apt: {_last_word(err)}") from None
+        raise CommandExecutionError(f"apt: {__salt__['slmdb_update.why'](str(err))}") from None
     finally:
         __salt__["slmdb_hold.mark"]("unhold", free)
+
+
+def _of_our_major(name: str) -> str | dict[str, str]:
+    """The newest meta-package may be another repository's and bring another major's server."""
+    if name != __salt__["slmdb_pillar.get"]("distribution", "contrib"):
+        return name
+    return {name: __salt__["slmdb_update.keeping"](name)}
 
 
 def _half_done() -> bool:

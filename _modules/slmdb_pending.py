@@ -77,12 +77,13 @@ def restart() -> list[dict[str, Any]]:
 
         salt-call slmdb_pending.restart
 
-    Returns rows with ``name``, ``old`` and ``new``: settings, with ``since`` when they wait, and
-    ``server`` if another version is installed than runs. Raises ``CommandExecutionError`` if the
-    server cannot be asked.
+    Returns rows with ``name``, ``old`` and ``new``: settings, with ``since`` when they wait,
+    ``server`` if another version is installed than runs, and ``unit`` if the server runs outside
+    ours. Raises ``CommandExecutionError`` if the server or systemd cannot be asked.
     """
     version = server_version()
-    return [*__salt__["slmdb_config.pending"](), *([version] if version else [])]
+    rows = [*__salt__["slmdb_config.pending"](), *([version] if version else [])]
+    return rows + __salt__["slmdb_service.parked"]()
 
 
 def migrations() -> list[dict[str, Any]]:
@@ -166,10 +167,10 @@ def report(changelog: bool = True) -> dict[str, Any]:
         Whether to look for the updates' changelog, which may take 5 s where there is no network.
 
     Returns ``restart`` (``name``, ``old``, ``new``, ``since``), ``packages`` (``package``,
-    ``installed``, ``candidate``, ``security``, ``changelog``), ``migrations`` (``revision``,
-    ``message``), ``collations`` (``what``, ``recorded``, ``actual``) and ``end_of_life``
-    (``major``, ``ends``, ``comment``, or ``None``). Raises ``CommandExecutionError`` if the server
-    cannot be asked.
+    ``installed``, ``candidate``, ``security``, ``state``, ``changelog``), ``migrations``
+    (``revision``, ``message``), ``collations`` (``what``, ``recorded``, ``actual``) and
+    ``end_of_life`` (``major``, ``ends``, ``comment``, or ``None``). Raises
+    ``CommandExecutionError`` if the server cannot be asked.
     """
     packages = __salt__["slmdb_update.available"]()
     for row in packages if changelog else []:
@@ -199,6 +200,7 @@ def lines() -> list[str]:
     said = []
     for row in __salt__["slmdb_update.available"]():
         kind = "security update" if row["security"] else "update"
+        kind = "completion" if row["state"] == "interrupted" else kind
         said.append(f"{kind} of {row['package']}: {row['installed']} → {row['candidate']}")
     said += [f"restart for {row['name']}: {row['old']} → {row['new']}" for row in restart()]
     said += [f"migration {row['revision']}: {row['message']}" for row in migrations()]

@@ -18,7 +18,7 @@ INSTALLED = f"{DIRECTORY}/installed"
 # All that the formula writes there, by the path below it. What is not listed is somebody's: a dump
 # from a time when pillar named another place, a copy for another host.
 FILES = re.compile(
-    r"(settings|pending|copy|drill|packages|recovery|verified|repositories|repository-2)\.json"
+    r"(settings|pending|copy|drill|packages|holds|recovery|verified|repositories|repository-2)\.json"
     r"|installed|(drill|maintenance)\.lock|logins\.seen|backups-since"
     r"|last-good/(conf|hba|ident)|original/[^/]+\.conf"
     r"|pgbackrest/lock/[^/]+\.(lock|stop)|pgbackrest/spool/archive/[^/]+/(in|out)/[^/]+"

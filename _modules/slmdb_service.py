@@ -16,6 +16,10 @@ __virtualname__ = "slmdb_service"
 PATIENCE = 60
 STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "MainPID")
 BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
+OUTSIDE = "running outside our unit"
+PARKED = "which waits for a window or an approval"
+# Seconds for systemd's answer: a report has a deadline, a run can wait as long as systemctl does.
+ANSWER, ANSWER_IN_REPORT = 30, 2
 
 
 def __virtual__() -> str:
@@ -66,10 +70,16 @@ def running() -> bool:
         salt-call slmdb_service.running
 
     Returns a boolean; a server that systemd runs under another unit counts as not running.
-    Raises ``CommandExecutionError`` if the instance's facts cannot be told.
+    Raises ``CommandExecutionError`` if the instance's facts cannot be told, or systemd cannot be
+    asked.
     """
     found = __salt__["slmdb_instance.facts"]()
-    return found["running"] and (not found["systemd"] or unit_state()["MainPID"] == found["pid"])
+    return found["running"] and not _outside(found, unit_state())
+
+
+def _outside(found: dict, state: dict) -> bool:
+    """Whether the server runs, but not as our unit's process."""
+    return bool(found["running"] and state and state["MainPID"] != found["pid"])
 
 
 def unit_state() -> dict:
@@ -83,7 +93,8 @@ def unit_state() -> dict:
         salt-call slmdb_service.unit_state
 
     Returns ``ActiveState``, ``UnitFileState``, ``NeedDaemonReload`` as text and ``MainPID`` as a
-    number; an empty dictionary without systemd. Raises nothing.
+    number; an empty dictionary without systemd. Raises ``CommandExecutionError`` if systemd
+    cannot be asked.
     """
     found = __salt__["slmdb_instance.facts"]()
     if not found["systemd"]:
@@ -104,30 +115,51 @@ def units() -> dict[str, dict[str, list[str]]]:
 
         salt-call slmdb_service.units
 
-    Returns each unit's properties, each a list of its lines; empty ones if systemd cannot be
-    asked within two seconds. Raises what wrong settings raise. A health report keeps them in
-    ``__context__["slmdb_units"]`` while it is made.
+    Returns each unit's properties, each a list of its lines. Raises ``CommandExecutionError`` if
+    systemd cannot be asked within 30 seconds; a health report waits for two, hears of it once and
+    goes on with empty ones. It keeps them in ``__context__["slmdb_units"]`` while it is made.
     """
     names = [__salt__["slmdb_instance.facts"]()["unit"]]
     names.append(__salt__["slmdb_pillar.get"]("backend", "unit"))
     found: dict[str, dict[str, list[str]]] = {name: {} for name in names}
-    command = ["systemctl", "show", "-p", ",".join((*STATE, *BACKEND)), "--", *names]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)
-    except (OSError, subprocess.SubprocessError):
+    report = __context__.get("slmdb_facts")
+    if report is not None and __context__.get("slmdb_unanswered") is report:
         return found
-    for name, block in zip(names, done.stdout.split("\n\n"), strict=False):
+    text = _shown(names, ANSWER if report is None else ANSWER_IN_REPORT)
+    for name, block in zip(names, text.split("\n\n"), strict=False):
         for line in block.splitlines():
             key, _, value = line.partition("=")
             if value:
                 found[name].setdefault(key, []).append(value)
+    if "MainPID" not in found[names[0]]:
+        raise CommandExecutionError(_unanswered("it says nothing of the unit"))
     return found
+
+
+def _shown(names: list[str], seconds: int) -> str:
+    command = ["systemctl", "show", "-p", ",".join((*STATE, *BACKEND)), "--", *names]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise CommandExecutionError(_unanswered(f"no answer within {seconds} s")) from None
+    except OSError as err:
+        raise CommandExecutionError(_unanswered(str(err.strerror))) from err
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise CommandExecutionError(_unanswered(lines[-1]))
+    return done.stdout
+
+
+def _unanswered(why: str) -> str:
+    """What is not known is no reason to touch a server: the line that says so."""
+    __context__["slmdb_unanswered"] = __context__.get("slmdb_facts")
+    return f"systemd cannot be asked for {__salt__['slmdb_instance.facts']()['unit']}: {why}"
 
 
 def _foreign() -> None:
     """End a server that runs outside our unit, so that ours can have its place."""
     found = __salt__["slmdb_instance.facts"]()
-    if not found["running"] or not found["systemd"] or running():
+    if not found["running"] or not _outside(found, unit_state()):
         return
     __salt__["slmdb_server.forget"]()
     _run(["systemctl", "stop", f"postgresql@{found['version']}-{found['name']}"])
@@ -213,6 +245,40 @@ def _wait() -> None:
         time.sleep(0.1)
 
 
+def parked() -> list[dict]:
+    """
+    List what of the server's unit only a restart brings.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_service.parked
+
+    Returns one row with ``name``, ``old`` and ``new`` for a server that runs outside our unit, else
+    none. Raises ``CommandExecutionError`` if systemd cannot be asked.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    if not found["running"] or not _outside(found, unit_state()):
+        return []
+    return [{"name": "unit", "old": OUTSIDE, "new": found["unit"]}]
+
+
+def warnings() -> list[str]:
+    """
+    Say what the last comparison left as it is, because a restart was not permitted.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_service.warnings
+
+    Returns lines, empty if nothing was left. Raises nothing.
+    """
+    return __context__.get("slmdb_service_left") or []
+
+
 def differences() -> dict:
     """
     Compare the host with "the server runs under our unit and starts at boot".
@@ -223,16 +289,21 @@ def differences() -> dict:
 
         salt-call slmdb_service.differences
 
-    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
-    ``CommandExecutionError`` if the instance's facts cannot be told.
+    Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. A server that runs outside
+    our unit is moved into it, which takes a restart, only if one is permitted; else ``warnings``
+    has it. Raises ``CommandExecutionError`` if the instance's facts cannot be told, or systemd
+    cannot be asked.
     """
-    found = __salt__["slmdb_instance.facts"]()
+    found, state = __salt__["slmdb_instance.facts"](), unit_state()
     changes: dict = {}
-    state = unit_state()
-    alive = found["running"] and (not state or state["MainPID"] == found["pid"])
-    if not alive:
-        old = "running outside our unit" if found["running"] else "stopped"
-        changes["server"] = {"old": old, "new": "running"}
+    __context__["slmdb_service_left"] = []
+    if not found["running"]:
+        changes["server"] = {"old": "stopped", "new": "running"}
+    elif _outside(found, state) and __salt__["slmdb_lastgood.permitted"]():
+        changes["server"] = {"old": OUTSIDE, "new": "running"}
+    elif _outside(found, state):
+        line = f"the server is {OUTSIDE} {found['unit']}; it is moved there by a restart, {PARKED}"
+        __context__["slmdb_service_left"] = [line]
     if state and state.get("UnitFileState") != "enabled":
         changes["start at boot"] = {"old": state.get("UnitFileState") or None, "new": "enabled"}
     return changes

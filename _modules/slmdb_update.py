@@ -17,7 +17,11 @@ from salt.exceptions import CommandExecutionError
 __virtualname__ = "slmdb_update"
 
 ARCHIVES = "/var/cache/apt/archives"
+JOURNAL = "/var/lib/dpkg/updates/*"
 PATIENCE = 5
+# dpkg's warnings are none; that dpkg failed is said of every failure.
+_ERROR = re.compile(r"E: |dpkg(?:-\w+)?: (?!warning)")
+_EMPTY = re.compile(r"E: Sub-process ")
 ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
     "DEBIAN_FRONTEND": "noninteractive",
@@ -58,6 +62,12 @@ def _newer(version: str, than: str) -> bool:
     return _run(compared)["retcode"] == 0
 
 
+def _stays(package: str, version: str) -> bool:
+    """Whether a version keeps to our major: a meta-package has it in its version, as 15+248."""
+    major = __salt__["slmdb_instance.version"]()
+    return f"-{major}" in package or version.partition("+")[0] == major
+
+
 def available() -> list[dict[str, Any]]:
     """
     List the updates that the host's package lists have for the server's packages.
@@ -68,22 +78,62 @@ def available() -> list[dict[str, Any]]:
 
         salt-call slmdb_update.available
 
-    Returns rows with ``package``, ``installed``, ``candidate`` and ``security`` (whether it comes
-    from a security archive), empty if there is none; held packages are listed too. Raises
+    Returns rows with ``package``, ``installed``, ``candidate``, ``security`` (whether it comes
+    from a security archive) and ``state``, empty if there is none; held packages are listed too. A
+    meta-package that would lead to another major is not. The state is ``installed``; or it is
+    ``interrupted``, and dpkg's word for it follows the version in ``installed``. Raises
     ``CommandExecutionError`` if the major cannot be told.
     """
-    names = sorted(__salt__["slmdb_hold.installed"]())
-    if not names:
+    known = __salt__["slmdb_hold.installed"]()
+    if not known:
         return []
     rows = []
-    for name, found in _policies(_run(["apt-cache", "policy", *names])["stdout"]).items():
-        old, new = found.get("installed"), found.get("candidate")
-        if old and new and old != new and _newer(new, old):
-            sources = " ".join(found["sources"].get(new, []))
-            security = "-security/" in sources or "-security " in sources
-            row = {"package": name, "installed": old, "candidate": new, "security": security}
-            rows.append(row)
+    for name, found in _policies(_run(["apt-cache", "policy", *sorted(known)])["stdout"]).items():
+        old, new = known[name]["version"], found.get("candidate") or ""
+        newer = new and old != new and _stays(name, new) and _newer(new, old)
+        half = known[name]["half_done"]
+        if newer or half:
+            wanted = new if newer else old
+            rows.append(
+                {
+                    "package": name,
+                    "installed": f"{old}, {half}".lstrip(", ") if half else old,
+                    "candidate": wanted,
+                    "security": _security(found["sources"].get(wanted, [])),
+                    "state": "interrupted" if half else "installed",
+                }
+            )
     return rows
+
+
+def _security(sources: list[str]) -> bool:
+    return any("-security/" in source or "-security " in source for source in sources)
+
+
+def keeping(package: str) -> str:
+    """
+    Return the newest version of a meta-package that leads to our major.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_update.keeping postgresql-contrib
+
+    package
+        Its name.
+
+    Returns a version. Raises ``CommandExecutionError`` if the host's package lists have none.
+    """
+    found = _policies(_run(["apt-cache", "policy", package])["stdout"]).get(package, {})
+    for version in found.get("sources", {}):  # the newest is listed first
+        if _stays(package, version):
+            return version
+    major = __salt__["slmdb_instance.version"]()
+    raise CommandExecutionError(
+        f"{package}: no package source of this host has one of PostgreSQL {major}; "
+        "slm_database:repository: pgdg needs none"
+    )
 
 
 def _from_archive(version: str) -> str:
@@ -157,22 +207,81 @@ def refresh() -> str | None:
     """
     wait = ["-o", "DPkg::Lock::Timeout=300", "-o", "APT::Update::Error-Mode=any"]
     answer = _run(["apt-get", "-q", *wait, "update"])
-    return _last(answer) if answer["retcode"] else None
+    return _why(answer) if answer["retcode"] else None
 
 
-def _last(answer: dict) -> str:
-    lines = (answer["stderr"] + "\n" + answer["stdout"]).strip().splitlines() or ["no output"]
-    errors = [line for line in lines if line.startswith(("E:", "dpkg:"))]
-    return (errors or lines)[-1].strip()
+def why(text: str) -> str:
+    """
+    Say in one line why apt or dpkg failed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_update.why 'E: Unable to locate package x'
+
+    text
+        What it said, errors before all else.
+
+    Returns the first error that names something, as a package or who holds a lock; else the last
+    line. Raises nothing.
+    """
+    lines = [line.strip(" -") for line in text.strip().splitlines()] or ["no output"]
+    for place, line in enumerate(lines):
+        if _ERROR.match(line) and not _EMPTY.match(line):
+            more = lines[place + 1 : place + 2] if line.endswith(":") else []
+            return " ".join([line, *more])
+    return next((line for line in lines if _ERROR.match(line)), lines[-1])
 
 
-def _apt(*words: str) -> None:
+def _why(answer: dict) -> str:
+    return why(answer["stderr"] + "\n" + answer["stdout"])
+
+
+def _apt(*words: str) -> str:
     options = ["-q", "-y", "--allow-change-held-packages", "--only-upgrade", "--no-remove"]
     for option in ("Dpkg::Options::=--force-confdef", "Dpkg::Options::=--force-confold"):
         options += ["-o", option]
     answer = _run(["apt-get", *options, "-o", "DPkg::Lock::Timeout=300", *words])
     if answer["retcode"]:
-        raise CommandExecutionError(f"apt: {_last(answer)}")
+        raise CommandExecutionError(f"apt: {_why(answer)}")
+    return answer["stdout"]
+
+
+def _refuse_majors(wanted: list[str]) -> None:
+    """Nothing that is new may come along for another major: its package may start a server."""
+    major = __salt__["slmdb_instance.version"]()
+    said = _apt("--simulate", "install", *wanted)
+    coming = re.findall(r"^Inst (postgresql(?:-client)?-(\d+)) \(", said, re.MULTILINE)
+    others = ", ".join(name for name, its in coming if its != major)
+    if others:
+        raise CommandExecutionError(
+            f"apt would install {others} along with the update; this is PostgreSQL {major}"
+        )
+
+
+def _half_done() -> bool:
+    return bool(glob.glob(JOURNAL) or _run(["dpkg", "--audit"])["stdout"].strip())
+
+
+def _complete() -> None:
+    """Complete what was interrupted; what dpkg alone cannot, apt may."""
+    if _half_done():
+        _run(["dpkg", "--configure", "-a", "--force-confold"])
+    if _half_done():
+        _apt("--fix-broken", "install")
+
+
+def _install(wanted: list[str]) -> None:
+    """Install and hold again; neither failure hides the other."""
+    trouble = []
+    for step in (lambda: _apt("install", *wanted), __salt__["slmdb_hold.apply"]):
+        try:
+            step()
+        except CommandExecutionError as err:
+            trouble.append(str(err))
+    if trouble:
+        raise CommandExecutionError("; ".join(trouble))
 
 
 def apply(rows: list[dict[str, Any]]) -> None:
@@ -188,23 +297,22 @@ def apply(rows: list[dict[str, Any]]) -> None:
     rows
         Updates as ``available`` lists them.
 
-    Returns nothing. Raises ``CommandExecutionError`` with apt's last word if it fails, or if a
-    version is not the wanted one afterwards.
+    What an interruption left half-done is completed first. Returns nothing. Raises
+    ``CommandExecutionError`` with apt's reason if it fails, or if a version is not the wanted one
+    afterwards.
     """
     wanted = [f"{row['package']}={row['candidate']}" for row in rows]
     if not wanted:
         return
-    if _run(["dpkg", "--audit"])["stdout"].strip():
-        _run(["dpkg", "--configure", "-a", "--force-confold"])
+    _complete()
+    _refuse_majors(wanted)
     _apt("--download-only", "install", *wanted)
-    try:
-        _apt("install", *wanted)
-    finally:
-        __salt__["slmdb_hold.apply"]()
+    _install(wanted)
     found = __salt__["slmdb_hold.installed"]()
     for row in rows:
-        if found.get(row["package"], {}).get("version") != row["candidate"]:
+        there = found.get(row["package"], {"version": None, "half_done": None})
+        if there["version"] != row["candidate"] or there["half_done"]:
+            state = there["half_done"] or "installed"
             raise CommandExecutionError(
-                f"{row['package']}: {row['candidate']} is wanted, "
-                f"{found.get(row['package'], {}).get('version')} is installed"
+                f"{row['package']}: {row['candidate']} is wanted, {there['version']} is {state}"
             )

@@ -17,5 +17,11 @@ def running(name: str) -> dict:
 
     name
         A sentence for the state's id; nothing depends on it.
+
+    One that runs outside our unit is moved into it if a restart is permitted, else warned of.
     """
-    return __states__["slmdb.converge"](name, "slmdb_service")
+    answer = __states__["slmdb.converge"](name, "slmdb_service")
+    if answer["result"] is not False:
+        waiting = __salt__["slmdb_service.warnings"]()
+        answer.update({"warnings": waiting} if waiting else {})
+    return answer

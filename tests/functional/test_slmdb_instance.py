@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -105,6 +106,38 @@ def test_another_major_than_the_one_that_exists_is_refused(host, minions):
     assert "slm_database:version: 17 is asked for, but instance 15/main exists" in str(
         result.comment
     )
+
+
+UNIT = "/etc/systemd/system/autobot-slm-database.service"
+KEPT = "/var/lib/autobot-slm-database"
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        (UNIT, "[Service]\nExecStart=/usr/lib/postgresql/15/bin/postgres -D /x\n"),
+        (f"{KEPT}/settings.json", '{"version": "15"}'),
+        (f"{KEPT}/packages.json", '{"postgresql-15": "15.1-1", "postgresql-client-15": "15.1-1"}'),
+        (None, None),
+    ],
+    ids=["unit", "settings", "packages", "nothing"],
+)
+def test_a_newer_instance_that_a_package_made_is_not_ours(host, path, text):
+    """What says which one is: the unit, or what was recorded; else it is the highest."""
+    create()
+    shutil.copytree(CONFIGURATION, "/etc/postgresql/18/main")
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    assert host.call("slmdb_instance.version") == ("15" if path else "18")
+
+
+def test_of_several_instances_the_one_at_the_wanted_port_is_ours(server):
+    """Where nothing was recorded a server that runs there says it."""
+    shutil.copytree(CONFIGURATION, "/etc/postgresql/18/main")
+    path = Path("/etc/postgresql/18/main/postgresql.conf")
+    path.write_text(path.read_text().replace(DATA, "/var/lib/postgresql/18/main"))
+    assert server.call("slmdb_instance.version") == "15"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1"])

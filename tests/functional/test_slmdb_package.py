@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.support import world as worlds
 
 
 @pytest.fixture
@@ -36,3 +41,39 @@ def test_a_package_that_nobody_offers_is_one_line(host, pillar):
     assert str(result.comment).startswith("slm_database:version: PostgreSQL ")
     assert "do not offer" in str(result.comment) and "\n" not in str(result.comment)
     assert not Path("/etc/postgresql-common/createcluster.d").exists()
+
+
+def offer(root, name, version, *fields):
+    """Build a package and return its entry in a repository's list."""
+    build = root / f"{name}-{version}"
+    (build / "DEBIAN").mkdir(parents=True)
+    control = f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: test\n"
+    control += "".join(f"{field}\n" for field in (*fields, "Description: test"))
+    (build / "DEBIAN/control").write_text(control)
+    path = root / f"{name}_{version}.deb"
+    command = ["dpkg-deb", "--root-owner-group", "--build", str(build), str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{control}Filename: ./{path.name}\nSize: {path.stat().st_size}\nSHA256: {digest}\n"
+
+
+def test_contrib_brings_no_other_major_along(host):
+    """Though another repository among the sources has a newer one, which would."""
+    worlds.forget_updates()
+    root = Path("/srv/offered")
+    root.mkdir()
+    entries = [
+        offer(root, "postgresql-contrib", "18+999", "Depends: postgresql-18"),
+        offer(root, "postgresql-contrib", "15+999", "Depends: postgresql-15"),
+        offer(root, "postgresql-18", "18.1-1"),
+    ]
+    (root / "Packages").write_text("\n".join(entries))
+    Path("/etc/apt/sources.list").write_text("deb [trusted=yes] file:/srv/offered ./\n")
+    subprocess.run(["apt-get", "-q", "update"], check=True, capture_output=True)
+    status = Path("/var/lib/dpkg/status")
+    contrib = re.compile(r"^Package: postgresql-contrib\n(.+\n)+\n", re.MULTILINE)
+    status.write_text(contrib.sub("", status.read_text()))
+    result = host().state("slmdb_package.installed")
+    assert result.result is True, result.comment
+    found = host().call("slmdb_package.known", "postgresql-contrib|postgresql-18")
+    assert {name: row["version"] for name, row in found.items()} == {"postgresql-contrib": "15+999"}

@@ -7,6 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from salt.exceptions import CommandExecutionError
+
+from tests.support import world as worlds
 
 LISTS = Path("/var/lib/apt/lists")
 
@@ -60,6 +63,95 @@ def test_updates_are_listed_held_or_not(offered):
     lines = offered.call("slmdb_pending.lines")
     wanted = f"security update of postgresql-15: {offered.installed} → 15.99-0+deb12u1"
     assert wanted in lines
+
+
+def test_a_meta_package_never_leaves_the_major(offered):
+    """Another repository's newest one is no update; one of our own major is."""
+    path = Path(f"{LISTS}/mirror.example_dists_bookworm-security_main_binary-amd64_Packages")
+    before = path.read_text()
+    for version, listed in (("18+999.pgdg12+1", False), ("15+999", True)):
+        path.write_text(
+            before
+            + f"\nPackage: postgresql-contrib\nVersion: {version}\nArchitecture: all\n"
+            + "Filename: b.deb\nSize: 1\n"
+        )
+        rows = {row["package"]: row for row in offered.call("slmdb_update.available")}
+        assert ("postgresql-contrib" in rows) is listed
+
+
+def test_an_update_that_would_bring_another_major_is_refused(offered):
+    """apt is asked before anything is downloaded."""
+    path = Path(f"{LISTS}/mirror.example_dists_bookworm-security_main_binary-amd64_Packages")
+    stanza = "Package: {}\nVersion: {}\nArchitecture: amd64\nFilename: {}.deb\nSize: 1\n"
+    server = stanza.format("postgresql-15", "15.99-0+deb12u1", "a")
+    server += "Provides: postgresql-contrib-15\nDepends: postgresql-18\n"
+    path.write_text(server + "\n" + stanza.format("postgresql-18", "18.1-1", "b"))
+    rows = offered.call("slmdb_update.available")
+    with pytest.raises(CommandExecutionError, match="apt would install postgresql-18 along"):
+        offered.call("slmdb_update.apply", rows)
+
+
+POSTINST = Path("/var/lib/dpkg/info/postgresql-15.postinst")
+LOCKED = "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 42 (apt-get)"
+
+
+@pytest.fixture
+def interrupted(server):
+    """A host whose server's package was left in the middle, with a postinst that fails at first."""
+    worlds.forget_updates()
+    status = Path("/var/lib/dpkg/status")
+    before, found, after = status.read_text().partition("\nPackage: postgresql-15\n")
+    after = after.replace("Status: install ok installed", "Status: install ok half-configured", 1)
+    status.write_text(before + found + after)
+    POSTINST.write_text("#!/bin/sh\nexit 1\n")
+    return server
+
+
+def test_an_interrupted_update_is_parked_and_completed(interrupted):
+    """Also with no newer version; a failure names the package, and a repetition goes on."""
+    (row,) = interrupted.call("slmdb_update.available")
+    assert (row["package"], row["state"]) == ("postgresql-15", "interrupted")
+    assert row["installed"] == f"{row['candidate']}, half-configured"
+    (line,) = interrupted.call("slmdb_pending.lines")
+    assert line.startswith("completion of postgresql-15: ")
+    with pytest.raises(CommandExecutionError, match=r"postgresql-15 .*exit status 1") as caught:
+        interrupted.call("slmdb_update.apply", [row])
+    assert "\n" not in str(caught.value)
+    assert interrupted.call("slmdb_update.available") == [row]
+    POSTINST.write_text("#!/bin/sh\nexit 0\n")
+    interrupted.call("slmdb_update.apply", [row])
+    assert interrupted.call("slmdb_update.available") == []
+
+
+def test_an_interrupted_update_is_nobody_s_hand(interrupted):
+    """Neither removed nor installed by somebody: the record has what is there."""
+    interrupted.call("slmdb_hold.apply")
+    assert interrupted.call("slmdb_hold.differences") == {}
+    assert interrupted.call("slmdb_package.differences") == {
+        "postgresql-15": {"old": None, "new": "installed"}
+    }
+    POSTINST.write_text("#!/bin/sh\nexit 0\n")
+    interrupted.call("slmdb_package.apply")
+    assert interrupted.call("slmdb_package.differences") == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (f"{LOCKED}\nN: Be aware\nE: Unable to acquire the dpkg frontend lock", LOCKED),
+        (
+            "dpkg: warning: old\ndpkg: error processing package a (--configure):\n it failed\n"
+            "E: Sub-process /usr/bin/dpkg returned an error code (1)",
+            "dpkg: error processing package a (--configure): it failed",
+        ),
+        ("E: Sub-process http received signal 9.\nx", "E: Sub-process http received signal 9."),
+        ("Reading\nnothing", "nothing"),
+        ("", "no output"),
+    ],
+)
+def test_the_first_error_that_says_something_is_the_reason(shared_server, said, reason):
+    """apt's last words are the same whatever failed."""
+    assert shared_server.call("slmdb_update.why", said) == reason
 
 
 def test_the_changelog_of_a_downloaded_update_is_quoted(offered, tmp_path):

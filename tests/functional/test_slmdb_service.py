@@ -73,3 +73,91 @@ def test_an_error_does_not_quote_the_statement(server):
     with pytest.raises(CommandExecutionError) as caught:
         server.call("slmdb_server.query", "SELECT 'hunter2' FROM nowhere")
     assert str(caught.value) == 'relation "nowhere" does not exist'
+
+
+SYSTEMCTL = """#!/bin/sh
+echo "$*" >>{0}/asked
+[ "$1" = show ] || exit 0
+[ -e {0}/slow ] && exec sleep 60
+[ -e {0}/failing ] && {{ echo "Failed to connect to bus" >&2; exit 1; }}
+printf 'ActiveState=active\\nUnitFileState=enabled\\nMainPID=%s\\n' "$(cat {0}/pid)"
+printf '\\nLoadState=loaded\\n'
+"""
+
+
+@pytest.fixture
+def systemd(server, tmp_path, monkeypatch):
+    """A running server on a host that systemd seems to run, with what it says in a directory."""
+    Path("/run/systemd/system").mkdir(parents=True)
+    program = tmp_path / "systemctl"
+    program.write_text(SYSTEMCTL.format(tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "pid").write_text(str(server.call("slmdb_instance.facts")["pid"]))
+    Path("/var/lib/autobot-slm-database/last-good").mkdir(parents=True)
+    Path("/var/lib/autobot-slm-database/last-good/conf").write_text("")
+    return tmp_path
+
+
+UNANSWERED = "systemd cannot be asked for autobot-slm-database"
+
+
+def test_systemd_that_cannot_be_asked_is_no_reason_to_touch_the_server(server, systemd):
+    """The run fails with one line, in test mode too, and the server goes on."""
+    (systemd / "failing").touch()
+    pid = server.call("slmdb_instance.facts")["pid"]
+    for test in (True, False):
+        result = server.state("slmdb_service.running", test=test)
+        assert (result.result, result.changes) == (False, {})
+        assert result.comment == f"{UNANSWERED}: Failed to connect to bus"
+    assert server.call("slmdb_instance.facts")["pid"] == pid
+
+
+def test_systemd_that_is_slow_is_no_reason_either(server, systemd, monkeypatch):
+    """A run waits longer than a report, but not for ever."""
+    (systemd / "slow").touch()
+    patient = server.modules["slmdb_service.units"].func.__globals__
+    monkeypatch.setitem(patient, "ANSWER", 1)
+    for function in ("differences", "running", "start", "restart"):
+        with pytest.raises(CommandExecutionError, match=f"{UNANSWERED}: no answer within 1 s"):
+            server.call(f"slmdb_service.{function}")
+
+
+def test_systemd_that_cannot_be_asked_takes_no_configuration_back(server, systemd):
+    """A restart that was not tried says nothing about the settings."""
+    (systemd / "failing").touch()
+    ours = Path("/etc/postgresql/15/main/conf.d/50-autobot-slm.conf")
+    ours.write_text("max_connections = 50\n")
+    with pytest.raises(CommandExecutionError, match=f"^{UNANSWERED}"):
+        server.call("slmdb_lastgood.restart")
+    assert ours.read_text() == "max_connections = 50\n"
+
+
+@pytest.mark.parametrize("how", ["failing", "slow"])
+def test_a_report_says_once_that_systemd_cannot_be_asked(server, systemd, how):
+    """Within its deadline, and with everything else in it."""
+    (systemd / how).touch()
+    report = server.call("slmdb_health.report", 5)
+    words = [line for line in report["problems"] if "systemd cannot be asked" in line]
+    assert len(words) == 1 and words[0].startswith("unit: ")
+    assert not any("outside" in line for line in report["problems"])
+    assert report["server"]["version"] and report["migration"]
+    assert len((systemd / "asked").read_text().splitlines()) == 1
+
+
+def test_a_server_outside_our_unit_is_moved_only_if_a_restart_is_permitted(
+    server, systemd, minions
+):
+    """Else it is parked: a warning, listed, and no failure."""
+    (systemd / "pid").write_text("0")
+    for test in (True, False):
+        result = server.state("slmdb_service.running", test=test)
+        assert (result.result, result.changes) == (True, {})
+        assert "waits for a window or an approval" in result.warnings[0]
+    (row,) = server.call("slmdb_pending.restart")
+    assert row["name"] == "unit"
+    assert not any("stop" in line for line in (systemd / "asked").read_text().splitlines())
+    approved = minions({"slm_database": {"maintenance": {"approve": True}}})
+    announced = approved.state("slmdb_service.running", test=True)
+    assert announced.changes["server"]["old"] == "running outside our unit"
+    assert not getattr(announced, "warnings", None)

@@ -147,3 +147,20 @@ def test_an_install_on_purpose_works_and_is_noticed(host):
     }
     assert held(host) >= set(PACKAGES) and database.postmaster(host) == server
     assert database.changed(database.apply_states(host)) == set()
+
+
+def test_a_server_outside_its_unit_is_moved_there_on_purpose(host):
+    """The default run leaves it alone and says so; with an approval it is the unit's again."""
+    host.run("systemctl stop autobot-slm-database")
+    host.run("pg_ctlcluster --skip-systemctl-redirect 15 main start")
+    server = database.postmaster(host)
+    words = [f"{FORMULA}/bin/salt-call", "state.apply", "slm_database.service", "--out=json"]
+    states = json.loads(host.run(words, check=False).stdout)["local"]
+    (name,) = [name for name in states if states[name].get("__id__") == "The server runs"]
+    assert states[name]["result"] is True and states[name]["changes"] == {}
+    assert "waits for a window or an approval" in str(states[name])
+    assert database.postmaster(host) == server
+    host.run([*words, APPROVAL])
+    assert database.postmaster(host) != server
+    assert host.run("systemctl is-active autobot-slm-database").stdout.strip() == "active"
+    assert database.health(host)[0] == 0
