@@ -16,6 +16,7 @@ AGE_WARNING = 1_000_000_000  # transactions; autovacuum acts at 200 million, the
 AGE_PROBLEM = 1_900_000_000
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
 BUSY = 0.9  # of the connections
+OUTSIDE = "the server runs outside its unit"
 
 
 def __virtual__() -> str:
@@ -63,10 +64,12 @@ def _server(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     elif not server["running"]:
         yield f"the instance does not run; another server answers at {ready['line']}"
     state = unit.get("state", "")
-    if state not in ("active", "") and not state.startswith("skipped"):
+    # Of a systemd that gave no answer a line of its own says so.
+    known = state not in ("", "unknown") and not state.startswith("skipped")
+    if known and server["running"] and not unit["is_the_server"]:
+        yield f"{OUTSIDE} {unit['name']}, which is {state}: a restart that is permitted moves it"
+    elif known and state != "active":
         yield f"the unit {unit['name']} is {state}"
-    elif state == "active" and server["running"] and not unit["is_the_server"]:
-        yield f"the server runs outside its unit {unit['name']}; {APPLY}.service puts it there"
     parked = any(row["name"] == "port" for row in report["pending"])
     if server["port"] != settings["port"] and not parked:
         yield f"slm_database:port: {settings['port']} is wanted, the server has {server['port']}"

@@ -123,11 +123,11 @@ RULES = {
         },
         "the application over the socket would be refused",
     ),
-    "a group that the application may be in": (
+    "the members of a role, of which the application is one": (
         {
             "type": "host",
             "database": "all",
-            "user": "+pg_monitor",
+            "user": "+autobot_slm",
             "address": "::1/128",
             "method": "reject",
         },
