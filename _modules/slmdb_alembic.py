@@ -9,6 +9,7 @@ changes.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -197,10 +198,46 @@ def _unit_environment() -> dict[str, str]:
     given: dict[str, str] = {}
     for line in unit.get("Environment", []):
         given.update(dict(part.partition("=")[::2] for part in shlex.split(line)))
-    files = [value.rsplit(" (", 1)[0] for value in unit.get("EnvironmentFiles", [])]
-    for path in files or [settings["secret"]["file"]]:
-        given.update(__salt__["slmdb_secret.variables"](path))
+    for value in unit.get("EnvironmentFiles", []) or [settings["secret"]["file"]]:
+        path, _, flags = value.partition(" (")
+        if path.removeprefix("-") == settings["secret"]["file"]:
+            given.update(__salt__["slmdb_secret.variables"](path))
+        else:
+            optional = path.startswith("-") or "ignore_errors=yes" in flags
+            given.update(_others_variables(path.removeprefix("-"), optional))
     return given
+
+
+def _others_variables(pattern: str, optional: bool) -> dict[str, str]:
+    """Files of others are read as systemd does: by root, whoever owns them, in order of names."""
+    given: dict[str, str] = {}
+    for path in sorted(glob.glob(pattern)) or [pattern]:
+        try:
+            with open(path, "rb") as stream:
+                given.update(__salt__["slmdb_envfile.values"](stream.read()))
+        except OSError as err:
+            if not optional:
+                raise CommandExecutionError(
+                    f"{path}, an EnvironmentFile= of the backend's unit, cannot be read: "
+                    f"{err.strerror}"
+                ) from err
+    return given
+
+
+def environment() -> list[str]:
+    """
+    Name the variables that the backend's unit gives its code.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_alembic.environment
+
+    Returns sorted names, no value. Raises ``CommandExecutionError`` if one of the unit's files
+    cannot be read.
+    """
+    return sorted(_unit_environment())
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from salt.exceptions import CommandExecutionError
+from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 try:
     from psycopg2 import sql
@@ -25,6 +25,15 @@ SELECT n.nspname AS schema, c.relname AS name
    AND c.relkind IN ('r', 'p') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
    AND (c.relname = 'migrations_applied' OR n.nspname = %(schema)s)
  ORDER BY 1, 2
+"""
+# What an extension brings is none of the application's.
+EMPTY = """
+SELECT NOT EXISTS (
+  SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+   WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+     AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+     AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass
+                        AND d.objid = c.oid AND d.deptype = 'e')) AS empty
 """
 APPLIED = "SELECT name FROM {}.migrations_applied ORDER BY applied_at, name"
 
@@ -90,6 +99,27 @@ def tracked(query: Callable | None = None) -> dict[str, Any]:
     return answer
 
 
+def empty() -> bool:
+    """
+    Tell whether the migrations' database holds nothing: no table, view or sequence.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_migration.empty
+
+    Returns a boolean; what belongs to an extension does not count. Raises
+    ``CommandExecutionError`` if the database cannot be asked.
+    """
+    return __salt__["slmdb_server.query"](EMPTY, database=database())[0]["empty"]
+
+
+def _own_table_only(found: dict[str, Any]) -> bool:
+    """Whether the backend tracks its schema itself, and Alembic does not."""
+    return bool(found["tracked_by"]) and not found["alembic"]
+
+
 def revision(timeout: float = 30) -> dict[str, Any]:
     """
     Compare the revisions the database has with those the backend's code wants.
@@ -133,7 +163,9 @@ def revision(timeout: float = 30) -> dict[str, Any]:
         answer.update(tracked())
     except CommandExecutionError as err:
         troubles.append(f"The database cannot be asked: {err}.")
-    if backend["deployed"]:
+    if backend["deployed"] and _own_table_only(answer):
+        answer["state"] = "tracked by the backend"
+    elif backend["deployed"]:
         try:
             _compare(answer, __salt__["slmdb_alembic.graph"](timeout))
         except CommandExecutionError as err:
@@ -153,17 +185,17 @@ def _compare(answer: dict[str, Any], graph: dict[str, Any]) -> None:
     reached = set(__salt__["slmdb_alembic.reached"](revisions, answer["current"]))
     wanted = __salt__["slmdb_alembic.reached"](revisions, graph["heads"])
     answer["unknown"] = [name for name in answer["current"] if name not in revisions]
+    if answer["unknown"]:
+        # What the database has of the code's revisions cannot be told from one that it lacks.
+        answer["state"], answer["up_to_date"] = "unknown revision", False
+        return
     answer["waiting"] = [
         {"revision": name, "message": revisions[name]["message"]}
         for name in reversed(graph["order"])
         if name in wanted and name not in reached
     ]
-    if answer["unknown"]:
-        answer["state"], answer["up_to_date"] = "unknown revision", False
-    elif not answer["tracked_by"]:
+    if not answer["tracked_by"]:
         answer["state"], answer["up_to_date"] = "not tracked", False if revisions else None
-    elif not answer["alembic"]:
-        answer["state"], answer["waiting"] = "tracked by the backend", []
     else:
         answer["up_to_date"] = not answer["waiting"]
         answer["state"] = "up to date" if answer["up_to_date"] else "behind"
@@ -196,6 +228,17 @@ def _remarks(answer: dict[str, Any]) -> list[str]:
     return said
 
 
+def _target(given: str | None) -> str:
+    """The target that is meant: a shell's ``+1`` or ``0002`` reaches us as a number."""
+    if given in (None, ""):
+        return __salt__["slmdb_pillar.get"]("migration", "target")
+    if not isinstance(given, str):
+        raise SaltInvocationError(
+            f"target: {given!r} is no text; quote it for Salt as well, as in \"'+1'\" or \"'0002'\""
+        )
+    return given
+
+
 def plan(target: str | None = None) -> dict[str, Any]:
     """
     Say what a migration would do, without doing any of it.
@@ -209,37 +252,49 @@ def plan(target: str | None = None) -> dict[str, Any]:
     target
         As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
 
-    Returns ``target``, ``current`` (revisions), ``initialize`` (tables that are missing, so that
-    the backend's ``initialize()`` runs first), ``steps`` (revisions in order, each with
+    Returns ``target``, ``current`` (revisions), ``empty`` (whether the database is) and
+    ``initialize`` (tables that are missing; with either the backend's ``initialize()`` runs first),
+    ``steps`` (revisions in order, each with
     ``revision`` and ``message``), ``targets`` (revisions the database has afterwards),
     ``left_to_the_backend`` (it tracks its migrations itself) and ``refused`` (why none of it can be
-    done, or ``None``). Raises nothing but what wrong settings raise.
+    done, or ``None``). Raises ``SaltInvocationError`` for a target that is no text, and what wrong
+    settings raise.
     """
-    target = target or __salt__["slmdb_pillar.get"]("migration", "target")
+    target = _target(target)
     answer: dict[str, Any] = {
         "target": target,
         "current": None,
+        "empty": False,
         "initialize": [],
         "steps": [],
         "targets": [],
         "left_to_the_backend": False,
-        "refused": __salt__["slmdb_alembic.facts"]()["problem"],
+        "refused": None,
     }
-    if not answer["refused"]:
-        try:
-            _plan(answer, target)
-        except CommandExecutionError as err:
-            answer["refused"] = str(err)
+    try:
+        _plan(answer, target)
+    except CommandExecutionError as err:
+        answer["refused"] = str(err)
     return answer
 
 
 def _plan(answer: dict[str, Any], target: str) -> None:
+    backend = __salt__["slmdb_alembic.facts"]()
+    if not backend["deployed"]:
+        raise CommandExecutionError(backend["problem"])
     found = tracked()
-    answer["current"] = current = found["current"]
+    answer["left_to_the_backend"] = _own_table_only(found)
+    if backend["problem"] and not answer["left_to_the_backend"]:
+        raise CommandExecutionError(backend["problem"])
+    answer["current"], answer["empty"] = found["current"], empty()
     answer["initialize"] = __salt__["slmdb_alembic.missing_tables"]()
-    if found["tracked_by"] and not found["alembic"]:
-        answer["left_to_the_backend"] = True
-        return
+    if not answer["left_to_the_backend"]:
+        _plan_steps(answer, target, found["current"])
+    if answer["empty"] or answer["initialize"] or answer["steps"]:
+        __salt__["slmdb_alembic.environment"]()
+
+
+def _plan_steps(answer: dict[str, Any], target: str, current: list[str]) -> None:
     graph = __salt__["slmdb_alembic.graph"]()
     unknown = [name for name in current if name not in graph["revisions"]]
     if unknown:
@@ -252,12 +307,17 @@ def _plan(answer: dict[str, Any], target: str) -> None:
             f"slm_database:migration:target: head is ambiguous, the history has "
             f"{len(graph['heads'])} heads: {_names(graph['heads'])}; set heads, or one of them"
         )
+    if target in current:  # Alembic refuses it where the database is at another arm as well
+        answer["targets"] = [target]
+        return
     reached = set(__salt__["slmdb_alembic.reached"](graph["revisions"], current))
     try:
         answer.update(__salt__["slmdb_alembic.steps"](target, current))
     except CommandExecutionError as err:
         _explain_target(target, current, reached, err)
-    behind = reached.issuperset(answer["targets"]) and set(answer["targets"]) != set(current)
+    behind = reached.issuperset(answer["targets"]) and not set(current).issuperset(
+        answer["targets"]
+    )
     if behind and target not in ("head", "heads"):
         _refuse_downgrade(target, current)
 
@@ -291,9 +351,10 @@ def differences(target: str | None = None) -> dict[str, Any]:
     Returns ``{what: {"old": …, "new": …}}``: ``tables`` if ``initialize()`` runs first,
     ``revision`` with every revision in order and its message; empty if nothing is to be done, if
     the backend tracks its migrations itself, or if it is not deployed. Raises
-    ``CommandExecutionError`` if it cannot be done.
+    ``CommandExecutionError`` if it cannot be done, ``SaltInvocationError`` for a target that is no
+    text.
     """
-    target = target or __salt__["slmdb_pillar.get"]("migration", "target")
+    target = _target(target)
     if target.startswith("+"):
         raise CommandExecutionError(
             f"slm_database:migration:target: {target} is a step, not a place, and a state applied "
@@ -305,8 +366,8 @@ def differences(target: str | None = None) -> dict[str, Any]:
     if found["refused"]:
         raise CommandExecutionError(found["refused"])
     changes: dict[str, Any] = {}
-    if found["initialize"]:
-        missing = f"missing: {_names(found['initialize'])}"
+    if found["initialize"] or found["empty"]:
+        missing = f"missing: {_names(found['initialize'])}" if found["initialize"] else "none"
         changes["tables"] = {"old": missing, "new": "made by the backend's initialize()"}
     if found["steps"]:
         lines = [f"{one['revision']}: {one['message'] or '-'}" for one in found["steps"]]
@@ -382,8 +443,9 @@ def apply(target: str | None = None) -> dict[str, Any]:
         As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
 
     Returns what was done: ``permitted`` (why it may), ``initialized``, ``restore_point``, ``from``
-    and ``to`` (revisions). Raises ``CommandExecutionError`` with one line if it may not or could
-    not be done; the line says where the database is then.
+    and ``to`` (revisions), ``backup`` (its label). Raises ``CommandExecutionError`` with one line
+    if it may not or could not be done; the line says where the database is then, and what leads
+    back. Raises ``SaltInvocationError`` for a target that is no text.
     """
     return __salt__["slmdb_migration_run.run"](target)
 
@@ -406,3 +468,25 @@ def summary() -> str:
     if done.get("restore_point"):
         said.append(f"Restore point: {done['restore_point']}.")
     return " ".join([*said, revision()["comment"]])
+
+
+def achieved() -> dict[str, Any]:
+    """
+    Say what is in force of the migration of this run that failed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_migration.achieved
+
+    Returns ``{what: {"old": …, "new": …}}`` as ``differences`` does: ``tables`` if ``initialize()``
+    ran, ``revision`` if revisions were committed; empty if nothing is. Raises nothing.
+    """
+    done = __context__.pop("slmdb_migration", None) or {}
+    changes: dict[str, Any] = {}
+    if done.get("initialized"):
+        changes["tables"] = {"old": None, "new": "made by the backend's initialize()"}
+    if done and done["from"] != done["to"]:
+        changes["revision"] = {"old": _names(done["from"]), "new": _names(done["to"])}
+    return changes

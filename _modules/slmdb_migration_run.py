@@ -126,8 +126,7 @@ def _end_own_sessions() -> None:
 
 def _allowed(plan: dict[str, Any]) -> str:
     """Why this may happen now. The first tables of an empty database disturb nobody."""
-    expected = __salt__["slmdb_pillar.get"]("health", "tables")
-    if not plan["current"] and plan["initialize"] and len(plan["initialize"]) == len(expected):
+    if plan["empty"]:
         return "the database is empty"
     reason = __salt__["slmdb_window.reason"]()
     if not reason:
@@ -160,29 +159,53 @@ def _how(done: dict[str, Any], seconds: float) -> str:
     return f"failed: {__salt__['slmdb_migration.last_line'](done['stderr'] or done['stdout'])}"
 
 
-def _restore_point(plan: dict[str, Any]) -> str | None:
+def _restore_point(plan: dict[str, Any], done: dict[str, Any]) -> None:
     """Take a backup if backups are set up, and mark the place in the WAL that follows it."""
-    __salt__["slmdb_backup.before_change"]()
+    done["backup"] = __salt__["slmdb_backup.before_change"]()
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    name: str | None = f"{moment}-before-{'-'.join(plan['targets'])}"[:63]
+    name = f"{moment}-before-{'-'.join(plan['targets']) or 'initialize'}"[:63]
     if _query("SHOW wal_level")[0]["wal_level"] == "minimal":
-        name = None  # there is nothing to restore to
-    else:
-        _query("SELECT pg_create_restore_point(%s)", [name])
-    return name
+        return  # there is nothing to restore to
+    _query("SELECT pg_create_restore_point(%s)", [name])
+    done["restore_point"] = name
 
 
-def _upgrade(plan: dict[str, Any], seconds: float) -> None:
+def ways_out(restore_point: str | None, backup: str | None) -> str:
+    """
+    Say what can be done after a failure, as far as something was marked before it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_migration_run.ways_out NAME LABEL
+
+    restore_point, backup
+        The name and the label, or ``None``.
+
+    Returns a sentence with a blank before it, or nothing. Raises nothing.
+    """
+    if not restore_point:
+        return ""
+    if not backup:
+        return f" Mend it and run again; restore point {restore_point}, without a backup."
+    return (
+        " Mend it and run again, or go back with slmdb_backup.restore "
+        f"restore_point={restore_point} (backup {backup})."
+    )
+
+
+def _upgrade(plan: dict[str, Any], done: dict[str, Any], seconds: float) -> None:
     shape = _query(SHAPE)[0]["shape"]
     log.info("slmdb: alembic upgrade %s", plan["target"])
     with _watched() as watch:
-        done = __salt__["slmdb_alembic.alembic"](["upgrade", plan["target"]], seconds)
-    if done["retcode"] == 0:
+        ran = __salt__["slmdb_alembic.alembic"](["upgrade", plan["target"]], seconds)
+    if ran["retcode"] == 0:
         return
     _end_own_sessions()
-    now = __salt__["slmdb_migration.tracked"]()["current"]
+    done["to"] = now = __salt__["slmdb_migration.tracked"]()["current"]
     raise CommandExecutionError(
-        f"alembic upgrade {plan['target']} {_how(done, seconds)}.{watch.sentence()} "
+        f"alembic upgrade {plan['target']} {_how(ran, seconds)}.{watch.sentence()} "
         + _where(plan, now, shape)
     )
 
@@ -216,26 +239,40 @@ def run(target: str | None = None) -> dict[str, Any]:
     target
         As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
 
-    Returns ``permitted``, ``initialized``, ``restore_point``, ``from`` and ``to``. Raises
-    ``CommandExecutionError`` with one line if it may not or could not be done.
+    Returns ``permitted``, ``initialized``, ``restore_point``, ``backup``, ``from`` and ``to``.
+    Raises ``CommandExecutionError`` with one line if it may not or could not be done;
+    ``slmdb_migration.achieved`` knows what was done by then.
     """
-    seconds = __salt__["slmdb_pillar.get"]("migration", "timeout")
     done: dict[str, Any] = {"permitted": None, "initialized": False, "restore_point": None}
+    done.update({"backup": None, "from": [], "to": []})
+    __context__["slmdb_migration"] = done
     with _alone():
         plan = _plan(target)
         done["from"] = done["to"] = plan["current"]
-        if plan["initialize"] or plan["steps"]:
+        if plan["empty"] or plan["initialize"] or plan["steps"]:
             done["permitted"] = _allowed(plan)
-        if plan["initialize"]:
-            _initialize(seconds)
-            done["initialized"] = True
-            plan = _plan(target)
-        if plan["steps"]:
-            done["restore_point"] = _restore_point(plan)
-            _upgrade(plan, seconds)
-            done["to"] = _read_back(plan)
-    __context__["slmdb_migration"] = done
+            try:
+                _migrate(plan, done)
+            except CommandExecutionError as err:
+                ways = ways_out(done["restore_point"], done["backup"])
+                raise CommandExecutionError(f"{err}{ways}") from err
     return done
+
+
+def _migrate(plan: dict[str, Any], done: dict[str, Any]) -> None:
+    """The tables, then the revisions. Only an empty database has nothing to go back to."""
+    seconds = __salt__["slmdb_pillar.get"]("migration", "timeout")
+    if not plan["empty"]:
+        _restore_point(plan, done)
+    if plan["empty"] or plan["initialize"]:
+        _initialize(seconds)
+        done["initialized"] = True
+        plan = _plan(plan["target"])
+    if plan["steps"]:
+        if not done["restore_point"]:
+            _restore_point(plan, done)
+        _upgrade(plan, done, seconds)
+        done["to"] = _read_back(plan)
 
 
 def _plan(target: str | None) -> dict[str, Any]:

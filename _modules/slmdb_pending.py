@@ -96,10 +96,14 @@ def migrations() -> list[dict[str, Any]]:
 
         salt-call slmdb_pending.migrations
 
-    Returns rows with ``revision`` and ``message``, in the order in which they would be applied;
-    empty without a backend. Raises nothing but what wrong settings raise.
+    Returns rows with ``revision`` and ``message``, in the order in which they would be applied,
+    up to ``migration:target``, or to the heads where a migration to that is refused; empty without
+    a backend. Raises nothing but what wrong settings raise.
     """
-    return __salt__["slmdb_migration.revision"]()["waiting"]
+    planned = __salt__["slmdb_migration.plan"]()
+    if planned["refused"]:
+        return __salt__["slmdb_migration.revision"]()["waiting"]
+    return planned["steps"]
 
 
 def collations() -> list[dict[str, Any]]:

@@ -37,11 +37,13 @@ def _done(long_transaction: int) -> dict:
     stale = __salt__["slmdb_update.refresh"]() if why and not __opts__["test"] else None
     note = f"\nThe package lists could not be fetched: {stale}" if stale else ""
     plan = __salt__["slmdb_maintenance.plan"]()
-    if not plan["changes"] and not plan["refused"]:
-        return {"result": True, "changes": {}, "comment": f"Nothing is parked.{note}"}
+    if not plan["changes"]:
+        # What cannot be migrated is no reason for a backup and a look at everything.
+        warning = f"\nWarning: migrations: {plan['refused']}" if plan["refused"] else ""
+        return {"result": True, "changes": {}, "comment": f"Nothing is parked.{warning}{note}"}
     if not why:
         words = __salt__["slmdb_window.refusal"]()
-        parked = ", ".join(plan["changes"]) or plan["refused"]
+        parked = ", ".join(plan["changes"])
         comment = f"Nothing was done: {words}. Parked: {parked}."
         return {"result": False, "changes": {}, "comment": comment}
     if __opts__["test"]:

@@ -28,8 +28,11 @@ def applied(name: str, target: str | None = None) -> dict:
         The schema is what the backend's code wants:
           slmdb_migration.applied
     """
-    wanted = {"target": target} if target else {}
+    wanted = {} if target is None else {"target": target}
+    __salt__["slmdb_migration.achieved"]()  # an earlier run's is not this one's
     answer = __states__["slmdb.converge"](name, "slmdb_migration", wanted, server=True)
     if answer["result"]:
         answer["comment"] = __salt__["slmdb_migration.summary"]()
+    elif answer["result"] is False and not __opts__["test"]:
+        answer["changes"] = __salt__["slmdb_migration.achieved"]()
     return answer

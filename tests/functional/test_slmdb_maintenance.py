@@ -226,6 +226,20 @@ def test_migrations_come_after_the_restart(parked, venv):
     assert parked.state("slmdb_maintenance.done").changes == {}
 
 
+def test_migrations_that_are_impossible_do_not_stop_the_rest(parked, venv):
+    """They are reported; the restart is done; and with nothing else parked nothing starts."""
+    parked.tell(APPROVED)
+    backend.deploy()
+    done = parked.state("slmdb_maintenance.done")
+    assert set(done.changes) == {"restart"}, done.comment
+    assert "migrations: warning: none was planned" in done.comment
+    assert "Failed: migrations" not in done.comment
+    assert connections(parked) == "37"
+    again = parked.state("slmdb_maintenance.done")
+    assert (again.result, again.changes) == (True, {})
+    assert "Nothing is parked.\nWarning: migrations: The backend has no virtual" in again.comment
+
+
 def test_a_migration_that_fails_comes_after_what_was_done(parked, venv):
     """The tables and the restart are there, and said to be; the revision is not."""
     parked.tell(APPROVED)

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from tests.support import backend
 from tests.support.backend import sql
@@ -203,6 +204,67 @@ def test_several_heads(minion):
     assert current(minion) == ["e1", "e2"]
 
 
+@pytest.mark.once
+def test_one_of_the_heads_where_the_database_is_at_both(minion):
+    """There is nothing to do, and nothing to go down to."""
+    backend.add("e1", "d1", "One way", sql("SELECT 1"))
+    backend.add("e2", "d1", "Another way", sql("SELECT 2"))
+    assert apply(minion, target="heads")["result"] is True
+    answer = apply(minion, target="e1")
+    assert (answer["result"], answer["changes"]) == (True, {}), answer["comment"]
+
+
+@pytest.mark.parametrize("verb", ["plan", "apply", "differences", "sql"])
+@pytest.mark.parametrize("target", [1, 0, 1.5, ["head"]])
+def test_a_target_that_is_no_text_is_refused(minion, verb, target):
+    """A command line's +1 and 0002 are numbers to Salt, unless they are quoted twice."""
+    with pytest.raises(SaltInvocationError) as caught:
+        minion.modules[f"slmdb_migration.{verb}"](target)
+    assert "\"'+1'\"" in str(caught.value)
+    assert tables(minion) == set()
+
+
+@pytest.fixture
+def unit_files(minion, monkeypatch):
+    """What systemd would say of the unit's EnvironmentFile=, beside the formula's own."""
+
+    def told(*files):
+        own = "/etc/autobot/slm-secrets.env (ignore_errors=no)"
+        shown = {"EnvironmentFiles": [own, *files], "User": [backend.USER]}
+        alembic = minion.modules["slmdb_alembic.environment"].__globals__
+        monkeypatch.setitem(alembic, "_unit", lambda: shown)
+
+    return told
+
+
+def test_files_of_the_unit_belong_to_whom_they_like(minion, unit_files, tmp_path):
+    """They are read as systemd does: by root, sorted where a pattern stands for several."""
+    for name in ("b.env", "a.env"):
+        (tmp_path / name).write_text(f"FROM_{name[0].upper()}=1\n")
+        os.chown(tmp_path / name, 4711, 4711)
+    os.chmod(tmp_path, 0o777)
+    unit_files(f"{tmp_path}/*.env (ignore_errors=no)", "/nowhere.env (ignore_errors=yes)")
+    names = minion.call("slmdb_alembic.environment")
+    assert {"FROM_A", "FROM_B", "SLM_DATABASE_URL"}.issubset(names)
+
+
+def test_a_file_of_the_unit_that_is_missing_is_named(minion, unit_files):
+    unit_files("/nowhere.env (ignore_errors=no)")
+    with pytest.raises(CommandExecutionError) as caught:
+        minion.call("slmdb_alembic.environment")
+    assert "/nowhere.env, an EnvironmentFile= of the backend's unit" in str(caught.value)
+
+
+def test_an_environment_that_cannot_be_read_is_said_before_the_gate(minion, tmp_path):
+    """Also by a dry run; nobody gets an approval for what then fails."""
+    os.chmod(tmp_path, 0o777)
+    (tmp_path / "x.env").write_text("A=1\n")
+    minion.tell({"slm_database": {"secret": {"file": f"{tmp_path}/x.env"}}})
+    assert str(tmp_path) in refused(minion)
+    assert str(tmp_path) in refused(minion, test=True)
+    assert tables(minion) == set()
+
+
 def test_a_revision_that_the_code_does_not_know(migrated):
     execute(migrated, "UPDATE alembic_version SET version_num = 'f00'")
     assert "revision f00, which the backend's code does not know" in refused(migrated)
@@ -245,6 +307,26 @@ def test_a_migration_that_partly_committed(minion):
     line = refused(minion)
     assert "It partly committed: the database went from no revision to e1, not to f1." in line
     assert current(minion) == ["e1"]
+
+
+@pytest.mark.once
+def test_a_failure_says_what_leads_back_and_what_is_in_force(migrated):
+    backend.add("e1", "d1", "Works", sql("CREATE TABLE whole (id int)"))
+    backend.add("f1", "e1", "Fails", sql("SELECT 1/0"))
+    answer = apply(migrated)
+    assert answer["result"] is False
+    assert answer["changes"] == {"revision": {"old": "d1", "new": "e1"}}
+    assert "Mend it and run again; restore point 2" in answer["comment"]
+    assert "-before-f1" in answer["comment"]
+    row = query(migrated, "SELECT count(*) AS n FROM alembic_version")[0]
+    assert row["n"] == 1
+
+
+def test_a_restore_is_named_where_there_is_a_backup(minion):
+    """The sentence names the command, the restore point and the backup that it begins with."""
+    words = minion.modules["slmdb_migration_run.ways_out"]("before-f1", "20261126-010203F")
+    assert "slmdb_backup.restore restore_point=before-f1" in words
+    assert "20261126-010203F" in words
 
 
 @pytest.mark.once
@@ -363,6 +445,41 @@ def test_migrations_that_the_backend_tracks_itself_are_left_to_it(minion):
         in answer["comment"]
     )
     assert "alembic_version" not in tables(minion)
+
+
+def test_a_backend_without_an_alembic_project_that_tracks_itself(minion):
+    for name in backend.TABLES:
+        execute(minion, f"CREATE TABLE {name} (id int)")
+    execute(minion, "CREATE TABLE migrations_applied (name text, applied_at timestamptz)")
+    (backend.DIRECTORY / "alembic.ini").unlink()
+    answer = apply(minion)
+    assert (answer["result"], answer["changes"]) == (True, {}), answer["comment"]
+    plan = minion.call("slmdb_migration.plan")
+    assert (plan["left_to_the_backend"], plan["refused"]) == (True, None)
+
+
+def test_a_new_expected_table_does_not_make_a_database_empty(minion):
+    """initialize() on a database with tables needs the gate, as any change of the schema."""
+    execute(minion, "CREATE TABLE customers (id int)")
+    minion.tell({"slm_database": {"health": {"tables": ["nodes"]}}})
+    assert "A schema change needs a window or an approval" in refused(minion)
+    assert tables(minion) == {"customers"}
+
+
+def test_an_empty_database_is_initialized_whatever_is_expected(minion):
+    minion.tell({"slm_database": {"health": {"tables": []}}})
+    answer = apply(minion)
+    assert answer["result"] is True, answer["comment"]
+    assert set(answer["changes"]) == {"tables", "revision"}
+    assert tables(minion).issuperset(backend.TABLES)
+
+
+def test_a_restore_point_comes_before_initialize_on_a_database_with_data(minion):
+    execute(minion, "CREATE TABLE customers (id int)")
+    given = {"initialize": "/bin/false"}
+    minion.tell({"slm_database": {**APPROVED["slm_database"], "migration": given}})
+    line = refused(minion)
+    assert "initialize() failed" in line and "restore point 2" in line
 
 
 def test_what_is_in_the_way_is_named(minion):

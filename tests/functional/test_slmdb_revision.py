@@ -116,6 +116,29 @@ def test_code_that_is_older_than_the_database(minion):
     assert "it is older than the database" in answer["comment"]
 
 
+def test_code_that_is_older_lists_nothing_as_waiting(minion):
+    """What is in force cannot be told from what is not."""
+    at(minion, "f00")
+    assert waiting(ask(minion)) == []
+    assert minion.call("slmdb_pending.migrations") == []
+
+
+def test_what_is_pending_ends_at_the_target(minion):
+    at(minion, "a1")
+    minion.tell({"slm_database": {"migration": {"target": "b1"}}})
+    assert [one["revision"] for one in minion.call("slmdb_pending.migrations")] == ["b1"]
+    assert waiting(ask(minion))[-1] == "d1"
+
+
+def test_migrations_applied_without_an_alembic_project(minion):
+    """Nobody has to have Alembic who tracks the schema without it."""
+    tracks_itself(minion)
+    (backend.DIRECTORY / "alembic.ini").unlink()
+    answer = ask(minion)
+    assert (answer["state"], answer["up_to_date"]) == ("tracked by the backend", None)
+    assert "Alembic" not in answer["comment"]
+
+
 def test_migrations_applied(minion):
     tracks_itself(minion)
     answer = ask(minion)

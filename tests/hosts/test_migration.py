@@ -94,13 +94,14 @@ def test_a_migration_as_the_guide_says(host):
     assert database.changed(database.apply_states(host)) == set()
     pid = database.show(host, "autobot-slm-backend", "MainPID")
     typed = guide()
-    assert len(typed) == 4
+    assert len(typed) == 5
     said = [host.run(f"cd {FORMULA} && {command}", timeout=600).stdout for command in typed]
     for message in ("Nodes have a region", "Traces and rules come together"):
         assert message in said[0]
-    assert "CREATE TABLE heartbeats" in said[1]
-    assert "the database is empty" in said[2]
-    assert "Restore point: " in said[2]
+    assert "Nodes have a region" in said[1]
+    assert "CREATE TABLE heartbeats" in said[2]
+    assert "the database is empty" in said[3]
+    assert "Restore point: " in said[3]
     found = revision(host)
     assert (found["state"], found["current"], found["heads"]) == ("up to date", ["e1"], ["e1"])
     assert database.show(host, "autobot-slm-backend", "MainPID") == pid
