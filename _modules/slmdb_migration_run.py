@@ -264,6 +264,7 @@ def _migrate(plan: dict[str, Any], done: dict[str, Any]) -> None:
     seconds = __salt__["slmdb_pillar.get"]("migration", "timeout")
     if not plan["empty"]:
         _restore_point(plan, done)
+        _allowed(plan)  # the backup may have taken longer than the window is open
     if plan["empty"] or plan["initialize"]:
         _initialize(seconds)
         done["initialized"] = True
