@@ -202,7 +202,12 @@ def _restart(job: dict[str, Any]) -> str | None:
 
 def _moved() -> str:
     """At another port the backend finds the server by its URL, in the secret file, alone."""
-    __salt__["slmdb_secret.apply"]()
+    try:
+        if "rotation" in __salt__["slmdb_secret.differences"]():
+            return "; the secret file has the old port until an apply, which changes the password"
+        __salt__["slmdb_secret.apply"]()
+    except CommandExecutionError as err:
+        return f"; the secret file has the old port: {err}"
     unit = __salt__["slmdb_pillar.get"]("backend", "unit")
     return f"; the secret file has the new port, {unit} finds it there when it is restarted"
 

@@ -253,8 +253,8 @@ def plan(target: str | None = None) -> dict[str, Any]:
         As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.
 
     Returns ``target``, ``current`` (revisions), ``empty`` (whether the database is) and
-    ``initialize`` (tables that are missing; with either the backend's ``initialize()`` runs first),
-    ``steps`` (revisions in order, each with
+    ``initialize`` (tables that are missing; the backend's ``initialize()`` runs first then, and
+    before the first step on an empty database), ``steps`` (revisions in order, each with
     ``revision`` and ``message``), ``targets`` (revisions the database has afterwards),
     ``left_to_the_backend`` (it tracks its migrations itself) and ``refused`` (why none of it can be
     done, or ``None``). Raises ``SaltInvocationError`` for a target that is no text, and what wrong
@@ -290,7 +290,7 @@ def _plan(answer: dict[str, Any], target: str) -> None:
     answer["initialize"] = __salt__["slmdb_alembic.missing_tables"]()
     if not answer["left_to_the_backend"]:
         _plan_steps(answer, target, found["current"])
-    if answer["empty"] or answer["initialize"] or answer["steps"]:
+    if answer["initialize"] or answer["steps"]:
         __salt__["slmdb_alembic.environment"]()
 
 
@@ -366,7 +366,7 @@ def differences(target: str | None = None) -> dict[str, Any]:
     if found["refused"]:
         raise CommandExecutionError(found["refused"])
     changes: dict[str, Any] = {}
-    if found["initialize"] or found["empty"]:
+    if found["initialize"] or (found["empty"] and found["steps"]):
         missing = f"missing: {_names(found['initialize'])}" if found["initialize"] else "none"
         changes["tables"] = {"old": missing, "new": "made by the backend's initialize()"}
     if found["steps"]:

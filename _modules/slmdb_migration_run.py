@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ __virtualname__ = "slmdb_migration_run"
 
 log = logging.getLogger(__name__)
 
+# There from before the first tables until they are all made: a kill in between is no reason to ask.
+LATELY = 86400  # seconds; what is there later is not left by a kill
+BEGUN = "/var/lib/autobot-slm-database/initialize.begun"
 LOCK = 0x736C6D  # "slm", the key of the advisory lock in the database
 HOLDER = """
 SELECT pid, to_char(backend_start, 'YYYY-MM-DD HH24:MI:SS') AS since
@@ -124,9 +128,17 @@ def _end_own_sessions() -> None:
         time.sleep(0.1)
 
 
+def _first(plan: dict[str, Any]) -> bool:
+    """Whether nothing is there yet, but what an earlier try at the first tables left."""
+    if plan["empty"]:
+        return True
+    begun = os.path.exists(BEGUN) and time.time() - os.stat(BEGUN).st_mtime < LATELY
+    return bool(begun and plan["initialize"] and not plan["current"])
+
+
 def _allowed(plan: dict[str, Any]) -> str:
     """Why this may happen now. The first tables of an empty database disturb nobody."""
-    if plan["empty"]:
+    if _first(plan):
         return "the database is empty"
     reason = __salt__["slmdb_window.reason"]()
     if not reason:
@@ -249,7 +261,7 @@ def run(target: str | None = None) -> dict[str, Any]:
     with _alone():
         plan = _plan(target)
         done["from"] = done["to"] = plan["current"]
-        if plan["empty"] or plan["initialize"] or plan["steps"]:
+        if plan["initialize"] or plan["steps"]:
             done["permitted"] = _allowed(plan)
             try:
                 _migrate(plan, done)
@@ -262,12 +274,15 @@ def run(target: str | None = None) -> dict[str, Any]:
 def _migrate(plan: dict[str, Any], done: dict[str, Any]) -> None:
     """The tables, then the revisions. Only an empty database has nothing to go back to."""
     seconds = __salt__["slmdb_pillar.get"]("migration", "timeout")
-    if not plan["empty"]:
+    if _first(plan):
+        __salt__["slmdb_file.write"](BEGUN, b"")
+    else:
         _restore_point(plan, done)
         _allowed(plan)  # the backup may have taken longer than the window is open
     if plan["empty"] or plan["initialize"]:
         _initialize(seconds)
         done["initialized"] = True
+        __salt__["slmdb_file.remove"](BEGUN)
         plan = _plan(plan["target"])
     if plan["steps"]:
         if not done["restore_point"]:

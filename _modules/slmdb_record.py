@@ -19,7 +19,7 @@ INSTALLED = f"{DIRECTORY}/installed"
 # from a time when pillar named another place, a copy for another host.
 FILES = re.compile(
     r"(settings|pending|copy|drill|packages|holds|recovery|verified|repositories|repository-2)\.json"
-    r"|installed|(drill|maintenance)\.lock|logins\.seen|backups-since"
+    r"|installed|(drill|maintenance)\.lock|initialize\.begun|logins\.seen|backups-since"
     r"|last-good/(conf|hba|ident)|original/[^/]+\.conf"
     r"|pgbackrest/lock/[^/]+\.(lock|stop)|pgbackrest/spool/archive/[^/]+/(in|out)/[^/]+"
     r"|((last-good|original)/)?\.slmdb-[^/]+"

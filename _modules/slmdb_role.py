@@ -30,10 +30,13 @@ READ = """
 SELECT rolname, rolcanlogin, rolsuper, rolcreatedb, rolcreaterole, rolreplication, rolbypassrls,
        rolinherit, rolconnlimit,
        CASE WHEN rolvaliduntil < 'infinity' THEN rolvaliduntil::text END AS valid_until,
-       ARRAY(SELECT json_build_object('group', pg_get_userbyid(m.roleid), 'admin', m.admin_option,
+       ARRAY(SELECT json_build_object('group', g.rolname, 'admin', m.admin_option,
+                    'powerful', g.rolname ~ '^pg_' OR g.rolsuper OR g.rolcreaterole OR g.rolcreatedb
+                                OR g.rolreplication OR g.rolbypassrls,
                     'grantor', CASE WHEN current_setting('server_version_num')::int >= 160000
                                     THEN pg_get_userbyid(m.grantor) END)
-             FROM pg_auth_members m WHERE m.member = r.oid) AS memberships
+             FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
+             WHERE m.member = r.oid) AS memberships
 FROM pg_roles r WHERE rolname = ANY(%s)
 """
 ADMIN = " with admin option"
@@ -82,7 +85,8 @@ def read(names: list[str]) -> dict[str, dict[str, Any]]:
         Names of roles.
 
     Returns those that exist, with the keys of ``wanted``, ``valid_until`` (``None``: for ever) and
-    ``memberships`` (each with ``group``, ``admin`` and, from PostgreSQL 16 on, ``grantor``). Raises
+    ``memberships`` (each with ``group``, ``admin``, ``powerful`` (whether the group is a predefined
+    role or has an attribute beyond login) and, from PostgreSQL 16 on, ``grantor``). Raises
     ``CommandExecutionError`` if the server does not answer.
     """
     found = {}
@@ -97,10 +101,21 @@ def read(names: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _complete(options: dict[str, Any]) -> dict[str, Any]:
-    """A wanted role with every attribute, and with no membership but those that are said."""
+def _groups(options: dict[str, Any], found: dict[str, Any] | None) -> list[str]:
+    """
+    The wanted memberships. A role of which nothing is said, the application's, keeps those by which
+    it may reach its tables, and none that makes it more than an application.
+    """
+    if "member_of" in options:
+        return sorted(set(options["member_of"] or []))
+    memberships = found["memberships"] if found else []
+    return sorted({one["group"] for one in memberships if not one["powerful"]})
+
+
+def _complete(options: dict[str, Any], found: dict[str, Any] | None) -> dict[str, Any]:
+    """A wanted role with every attribute, and with no membership but those that are wanted."""
     base: dict[str, Any] = {what: what == "inherit" for what in ATTRIBUTES}
-    groups = sorted(set(options.get("member_of") or []))
+    groups = _groups(options, found)
     return {**base, "connection_limit": -1, **options, "valid_until": None, "member_of": groups}
 
 
@@ -110,7 +125,7 @@ def _unlike(options: dict[str, Any], found: dict[str, Any] | None) -> dict[str, 
         return {"": {"old": None, "new": "present"}}
     return {
         what: {"old": found[what], "new": value}
-        for what, value in _complete(options).items()
+        for what, value in _complete(options, found).items()
         if found[what] != value
     }
 
@@ -144,7 +159,7 @@ def _attributes(name: str, options: dict[str, Any], exists: bool) -> tuple:
     """The statement that makes a role, or gives it the wanted attributes."""
     from psycopg2 import sql
 
-    complete = _complete(options)
+    complete = _complete(options, None)
     words = [ATTRIBUTES[what][1 if complete[what] else 2] for what in ATTRIBUTES]
     # The connection limit is an integer by the pillar's check and is rendered as one.
     words.append(f"CONNECTION LIMIT {int(complete['connection_limit'])}")
@@ -158,7 +173,7 @@ def _revokes(name: str, options: dict[str, Any], found: dict[str, Any] | None) -
     """The statements that take away memberships, with what the role handed on by them."""
     from psycopg2 import sql
 
-    groups, statements = _complete(options)["member_of"], []
+    groups, statements = _groups(options, found), []
     for one in found["memberships"] if found else []:
         if one["group"] in groups and not one["admin"]:
             continue
@@ -170,11 +185,11 @@ def _revokes(name: str, options: dict[str, Any], found: dict[str, Any] | None) -
     return statements
 
 
-def _grants(name: str, options: dict[str, Any]) -> list[tuple]:
+def _grants(name: str, options: dict[str, Any], found: dict[str, Any] | None) -> list[tuple]:
     from psycopg2 import sql
 
     role, grant = sql.Identifier(name), sql.SQL("GRANT {} TO {}")
-    groups = _complete(options)["member_of"]
+    groups = _groups(options, found)
     return [(grant.format(sql.Identifier(group), role), None) for group in groups]
 
 
@@ -203,7 +218,7 @@ def apply(roles: dict[str, dict[str, Any]] | None = None) -> None:
         taken += _revokes(name, roles[name], present.get(name))
     # What is taken from one may have been handed on to another, who is to keep it.
     for name in roles if taken else changed:
-        given += _grants(name, roles[name])
+        given += _grants(name, roles[name], present.get(name))
     __salt__["slmdb_server.execute"](made + taken + given)
 
 

@@ -19,7 +19,7 @@ BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
 OUTSIDE = "running outside our unit"
 PARKED = "which waits for a window or an approval"
 # Seconds for systemd's answer: a report has a deadline, a run can wait as long as systemctl does.
-ANSWER, ANSWER_IN_REPORT = 30, 2
+ANSWER, ANSWER_IN_REPORT = 30, 1
 
 
 def __virtual__() -> str:
@@ -116,7 +116,7 @@ def units() -> dict[str, dict[str, list[str]]]:
         salt-call slmdb_service.units
 
     Returns each unit's properties, each a list of its lines. Raises ``CommandExecutionError`` if
-    systemd cannot be asked within 30 seconds; a health report waits for two, hears of it once and
+    systemd cannot be asked within 30 seconds; a health report waits for one, hears of it once and
     goes on with empty ones. It keeps them in ``__context__["slmdb_units"]`` while it is made.
     """
     names = [__salt__["slmdb_instance.facts"]()["unit"]]

@@ -22,7 +22,9 @@ def _answer(name: str, result: bool | None, comment: str, changes: dict | None =
 def _unknown(name: str) -> dict:
     """The answer of test mode where the server cannot be asked."""
     found = __salt__["slmdb_instance.facts"]()
-    if found["exists"] and __salt__["slmdb_lastgood.exists"]():
+    # With other settings than at the last apply there may be more to do than to start it.
+    same = __salt__["slmdb_lastgood.exists"]() and not __salt__["slmdb_record.differences"]()
+    if found["exists"] and same:
         why = "runs but does not let us in" if found["running"] else "is stopped"
         return _answer(name, True, f"Cannot be compared while the server {why}.")
     why = "runs but does not let us in" if found["running"] else "does not run yet"

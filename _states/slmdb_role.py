@@ -18,8 +18,9 @@ def present(name: str, roles: dict | None = None) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     roles
-        Role names with ``login``, ``member_of`` (all there are: others are taken away, without
-        the key every one), ``connection_limit``; default: the settings'.
+        Role names with ``login``, ``member_of`` (all there are: others are taken away; without
+        the key those of predefined roles and of such as may more than log in),
+        ``connection_limit``; default: the settings'.
     """
     wanted = {} if roles is None else {"roles": roles}
     return __states__["slmdb.converge"](name, "slmdb_role", wanted, server=True)

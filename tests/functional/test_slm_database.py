@@ -288,6 +288,17 @@ def test_a_stopped_server_hides_no_changes_that_are_none(applied):
     assert changed(made) == changed(announced) != set()
 
 
+def test_a_stopped_server_and_another_pillar(applied, minions):
+    """There is more to do than to start it; how much is known when it runs."""
+    applied.call("slmdb_server.forget")
+    applied.call("slmdb_service.stop")
+    minion = minions({"slm_database": {"roles": {"reporting": {}}}})
+    announced = apply(minion, test=True)
+    for name in SERVER_S:
+        assert announced[name]["result"] is None, announced[name]
+    assert failures(apply(minion)) == {}
+
+
 def test_a_server_that_does_not_let_us_in_is_not_called_stopped(applied):
     """It runs: to say that it does not would send the operator the wrong way."""
     rules = Path("/etc/postgresql/15/main/pg_hba.conf")

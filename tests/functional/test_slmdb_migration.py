@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -15,6 +16,7 @@ from tests.support import backend
 from tests.support.backend import sql
 
 APPROVED = {"slm_database": {"maintenance": {"approve": True}}}
+BEGUN = Path("/var/lib/autobot-slm-database/initialize.begun")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ def applied(venv, shared_server):
 def minion(applied, venv):
     """That server with an empty database, the backend deployed, an approval for this run."""
     applied.tell(APPROVED)
+    BEGUN.unlink(missing_ok=True)
     empty(applied)
     backend.deploy(venv)
     yield applied
@@ -431,6 +434,27 @@ def test_the_first_tables_of_an_empty_database_need_no_window(minion):
     answer = apply(minion)
     assert answer["result"] is True, answer["comment"]
     assert "Permitted: the database is empty." in answer["comment"]
+
+
+def test_the_first_tables_are_made_again_after_a_kill(minion):
+    """What was half made of an empty database disturbs nobody either."""
+    minion.tell({"slm_database": {"migration": {"initialize": "/bin/false"}}})
+    assert "initialize() failed" in refused(minion)
+    execute(minion, "CREATE SEQUENCE half_made")
+    minion.tell(None)
+    answer = apply(minion)
+    assert answer["result"] is True, answer["comment"]
+    assert "Permitted: the database is empty." in answer["comment"]
+    assert apply(minion)["changes"] == {} and not BEGUN.exists()
+
+
+def test_an_empty_database_with_nothing_to_come_stays_so(minion):
+    """Nothing is expected and no revision is there: initialize() would be planned for ever."""
+    minion.tell({"slm_database": {"health": {"tables": []}}})
+    for path in backend.DIRECTORY.glob("**/versions/*.py"):
+        path.unlink()
+    answer = apply(minion)
+    assert (answer["result"], answer["changes"]) == (True, {}), answer["comment"]
 
 
 def test_migrations_that_the_backend_tracks_itself_are_left_to_it(minion):

@@ -78,6 +78,28 @@ def test_memberships_are_exactly_those_that_are_asked_for(server):
     assert server.state("slmdb_role.present", roles=roles).changes == {}
 
 
+def test_the_application_keeps_the_group_that_owns_its_tables(server):
+    """It is no drift; a group that makes it a superuser is."""
+    roles = {"autobot_slm": {"login": True}}
+    server.state("slmdb_role.present", roles=roles)
+    for statement in (
+        "CREATE ROLE owners",
+        "CREATE ROLE bosses CREATEROLE",
+        "GRANT owners, bosses, pg_read_all_data TO autobot_slm",
+    ):
+        server.call("slmdb_server.execute", statement)
+    announced = server.state("slmdb_role.present", test=True, roles=roles)
+    repaired = server.state("slmdb_role.present", roles=roles)
+    assert repaired.result is True and repaired.changes == announced.changes
+    assert repaired.changes == {
+        "role autobot_slm: member_of": {
+            "old": ["bosses", "owners", "pg_read_all_data"],
+            "new": ["owners"],
+        }
+    }
+    assert server.state("slmdb_role.present", roles=roles).changes == {}
+
+
 def test_a_membership_with_admin_option_becomes_a_plain_one(server):
     """And whoever had it from the role by that option, and is to have it, has it still."""
     roles = {"leader": {"member_of": ["pg_monitor"]}, "other": {"member_of": ["pg_monitor"]}}
