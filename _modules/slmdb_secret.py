@@ -17,7 +17,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "slmdb_secret"
 
 _SECRET_NAME = re.compile(r"pass|secret|key|token|credential|salt|url|dsn", re.IGNORECASE)
-_IN_URL = re.compile(r"://[^:@/]*:([^@]+)@")
+_IN_URL = re.compile(r"://[^:@/]*:(\S+)@")
 _DAYS = {"d": 1, "w": 7}
 
 
@@ -475,5 +475,7 @@ def hidden(variables: Any) -> list[str]:
         value = variables[name]
         if _SECRET_NAME.search(name) and len(value) >= 4:
             found.add(value)
-        found.update(_IN_URL.findall(value))
+        for password in _IN_URL.findall(value):
+            # A driver takes a bare @ in it for its end, and names the rest as a host.
+            found.update(part for part in (password, *password.split("@")) if len(part) > 2)
     return sorted(found, key=len, reverse=True)

@@ -890,6 +890,8 @@ def test_a_child_of_ours_gets_the_variables_and_their_values_are_masked(host):
     environment["PLACE"] = "postgresql://role:raw/p+w@localhost/db"
     hidden = host.call("slmdb_secret.hidden", environment)
     assert "raw/p+w" in hidden
+    split = host.call("slmdb_secret.hidden", {"AT": "postgresql://u:p@ssword@localhost/db"})
+    assert split == ["p@ssword", "ssword"]
     assert password in hidden
     assert "5432" not in hidden
 
