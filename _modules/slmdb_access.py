@@ -4,6 +4,7 @@ Who may log in: ``pg_hba.conf`` and ``pg_ident.conf``, judged before they count 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pwd
@@ -311,29 +312,30 @@ def judge(rules: list[dict[str, Any]], maps: list[tuple[str, ...]]) -> list[dict
     database, role = settings["database"], settings["role"]
     hardened = settings["hba"]["preset"] == "hardened"
     backend = settings["hba"]["backend_user"] if hardened else None
+    groups = {who: _groups(rules, who) for who in ("postgres", role)}
+    row = functools.partial(_row, rules, maps, groups)
     rows = [
-        _row("root over the socket as postgres", rules, maps, "root", "postgres", "postgres"),
-        _row("the application over the socket", rules, maps, backend, database, role),
+        row("root over the socket as postgres", "root", "postgres", "postgres"),
+        row("the application over the socket", backend, database, role),
     ]
     for address in LOOPBACK:
         kinds: dict[str, Any] = {"address": address}
         name = f"the application over {address} with the password"
-        rows.append(_row(name, rules, maps, None, database, role, **kinds, password=True))
+        rows.append(row(name, None, database, role, **kinds, password=True))
         name = f"the application over {address} with a wrong password"
-        rows.append(_row(name, rules, maps, None, database, role, **kinds, expected="refused"))
+        rows.append(row(name, None, database, role, **kinds, expected="refused"))
         name = f"postgres over {address}"
-        rows.append(
-            _row(name, rules, maps, None, "postgres", "postgres", **kinds, expected="refused")
-        )
+        rows.append(row(name, None, "postgres", "postgres", **kinds, expected="refused"))
     unknown = {"key": "none", "login": "an unknown role", "expected": "refused"}
     # A role that does not exist is refused whatever the rules say.
     return [*rows, {**unknown, "judged": "refused", "right": True}]
 
 
 def _row(
-    login: str,
     rules: list[dict[str, Any]],
     maps: list[tuple[str, ...]],
+    groups: dict[str, list[str]],
+    login: str,
     user: str | None,
     database: str,
     role: str,
@@ -342,11 +344,12 @@ def _row(
     expected: str = "admitted",
 ) -> dict[str, Any]:
     kinds = ["local"] if address is None else ["host", "hostssl"]
-    groups = _groups(rules, role)
     deciding = [
         rule
         for kind in kinds
-        for rule in __salt__["slmdb_hba.possible"](rules, kind, database, role, address, groups)
+        for rule in __salt__["slmdb_hba.possible"](
+            rules, kind, database, role, address, groups[role]
+        )
     ]
     answers = [_lets_in(rule, maps, user, role, password) for rule in deciding]
     wrong = [rule for rule, answer in zip(deciding, answers, strict=True) if answer != expected]
