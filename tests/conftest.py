@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+LINES, WIDTH = 12, 300  # of what the summary says about a failure
+
 
 def _refuse_skip(report):
     """In CI a test that did not run has failed."""
@@ -15,12 +17,21 @@ def _refuse_skip(report):
         report.longrepr = f"skipped, which CI does not accept: {report.longrepr}"
 
 
-def _record(outcome, name):
+def _record(outcome, name, why=""):
     """Tell bin/test at once: a run that is killed later keeps what it found."""
     path = os.environ.get("AUTOBOT_TEST_REPORT")
     if path:
+        lines = [line[:WIDTH] for line in why.splitlines() if line.strip()]
+        if len(lines) > LINES:
+            lines = [*lines[: LINES // 2], "…", *lines[-LINES // 2 :]]
         with Path(path).open("a", encoding="utf-8") as report:
-            report.write(f"{outcome}\t{name}\n")
+            report.write(f"{outcome}\t{name}\n" + "".join(f"why\t{line}\n" for line in lines))
+
+
+def _why(report):
+    """What went wrong, without the code around it."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return f"{crash.path}:{crash.lineno}: {crash.message}" if crash else str(report.longrepr)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -28,7 +39,8 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     _refuse_skip(report)
     if report.failed:
-        _record("failed", item.nodeid if call.when == "call" else f"{item.nodeid} ({call.when})")
+        name = item.nodeid if call.when == "call" else f"{item.nodeid} ({call.when})"
+        _record("failed", name, _why(report))
     elif report.passed and call.when == "call":
         _record("passed", item.nodeid)
 
@@ -38,7 +50,7 @@ def pytest_make_collect_report(collector):
     report = (yield).get_result()
     _refuse_skip(report)
     if report.failed:
-        _record("failed", f"{collector.nodeid} (collection)")
+        _record("failed", f"{collector.nodeid} (collection)", _why(report))
 
 
 def pytest_collection_finish(session):
