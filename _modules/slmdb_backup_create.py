@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from datetime import datetime
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -51,7 +52,8 @@ def create(wanted: str, everywhere: bool = True, wait: float = 0) -> dict[str, A
     wait
         Seconds to wait in each for another pgBackRest, a timer's backup for instance, to end.
 
-    Returns the one of the first repository as ``slmdb_backup.list`` has it, and ``others``. Raises
+    Returns the one of the first repository as ``slmdb_backup.list`` has it, and ``others``; any
+    moment after that can be restored. Raises
     ``SaltInvocationError`` for another type; ``CommandExecutionError`` that names each repository
     that failed, and what was made in the others.
     """
@@ -78,7 +80,14 @@ def create(wanted: str, everywhere: bool = True, wait: float = 0) -> dict[str, A
     elif failed:
         done = [f"repository {row['repository']} has {row['label']}" for row in made]
         raise CommandExecutionError("; ".join(failed + done))
+    _pass_its_second(made[-1])
     return {**made[0], "others": made[1:]}
+
+
+def _pass_its_second(row: dict[str, Any]) -> None:
+    """pgBackRest leaves the parts of a second out: only the next one is surely after a backup."""
+    stopped = datetime.fromisoformat(row["stopped"].replace("Z", "+00:00"))
+    time.sleep(min(1, max(0, stopped.timestamp() + 1 - time.time())))
 
 
 def _one(repository: dict[str, Any], wanted: str, wait: float) -> dict[str, Any]:

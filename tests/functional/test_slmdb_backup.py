@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,14 @@ def test_backups_are_made_and_listed(ready):
     assert info["earliest"] > first["stopped"]
     assert ready.call("slmdb_restore.plan", time=info["earliest"])["label"] == first["label"]
     assert info["last_wal"] >= second["wal"][1]
+
+
+def test_a_moment_right_after_a_backup_can_be_restored(ready):
+    """Each kind, made at whatever part of a second."""
+    for kind in ("full", "incremental", "differential"):
+        made = ready.call("slmdb_backup.create", kind)
+        moment = datetime.now(timezone.utc).isoformat()
+        assert ready.call("slmdb_restore.plan", time=moment)["label"] == made["label"]
 
 
 @pytest.mark.once

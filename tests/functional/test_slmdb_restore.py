@@ -208,7 +208,6 @@ def test_what_was_before_and_after_a_restore_in_place(host):
     write(host, "wrong")
     host.call("slmdb_backup.create")
     write(host, "wrong again")
-    time.sleep(1.1)
     behind = moment(host)
     host.call("slmdb_backup.settle")
     host.call("slmdb_backup.restore", time=between, in_place="15/main")
@@ -317,7 +316,6 @@ def test_tablespaces_come_back_more_than_once(host):
         host.call("slmdb_backup.restore", in_place="15/main")
         assert entries(host)[-1] == entry
         host.call("slmdb_backup.create")
-        time.sleep(1.1)
     assert not list(Path("/var/lib/postgresql/15").glob("restored*"))
 
 
