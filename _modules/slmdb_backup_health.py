@@ -24,7 +24,7 @@ VERIFIED = "/var/lib/autobot-slm-database/verified.json"
 ANSWERED = "/var/lib/autobot-slm-database/repository-2.json"
 # As much of a log as a week of backups, or a night of failures, writes.
 TAIL = 256 * 1024
-PATIENCE = 0.5
+PATIENCE = 0.5  # seconds for a repository's disk, more if the report's own time is a long one
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free, as for the data's disk
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
 LABEL = re.compile(r"\d{8}-\d{6}F(?:_\d{8}-\d{6}[DI])?")
@@ -210,8 +210,9 @@ def _look(directory: str) -> tuple[bool, float, dict[str, float]]:
 def _listed(path: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the directories of a repository say; a mount that hangs is as good as none."""
     directory = f"{path}/backup/{__salt__['slmdb_pgbackrest.stanza']()}"
+    patience = max(PATIENCE, __context__.get("slmdb_patience", 0))
     try:
-        there, free, complete = __salt__["slmdb_disk.within"](PATIENCE, path, _look, directory)
+        there, free, complete = __salt__["slmdb_disk.within"](patience, path, _look, directory)
     except OSError:
         return {"there": False}
     last = max(complete, key=lambda name: complete[name], default=None)

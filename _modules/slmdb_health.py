@@ -410,8 +410,10 @@ def report(timeout: float | None = None) -> dict[str, Any]:
     if settings and found:
         moment = begun + _seconds(timeout, settings)
         __context__["slmdb_facts"] = found
+        # What each of those may take who wait without the server.
+        __context__["slmdb_patience"] = (moment - begun) / 4
         parts.get("report", _fill, answer, parts, settings, found, moment)
-        for kept in ("slmdb_facts", "slmdb_units"):
+        for kept in ("slmdb_facts", "slmdb_patience", "slmdb_units"):
             __context__.pop(kept, None)
         for judge, *told in (
             ("slmdb_health_verdict.judge", answer, settings),

@@ -18,7 +18,8 @@ STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "MainPID")
 BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
 OUTSIDE = "running outside our unit"
 PARKED = "which waits for a window or an approval"
-# Seconds for systemd's answer: a report has a deadline, a run can wait as long as systemctl does.
+# Seconds for systemd's answer: a report has a deadline, and this if its own is a short one; a run
+# can wait as long as systemctl does.
 ANSWER, ANSWER_IN_REPORT = 30, 1
 
 
@@ -38,6 +39,8 @@ def _why(answer: dict) -> str:
     text = answer["stderr"] or answer["stdout"]
     if found["systemd"]:
         journal = ["journalctl", "-q", "--no-pager", "-o", "cat", "-n", "30", "-u", found["unit"]]
+        # What the server said last may be on its way there.
+        __salt__["cmd.run_all"](["journalctl", "--sync"], python_shell=False, ignore_retcode=True)
         text = __salt__["cmd.run_all"](journal, python_shell=False)["stdout"] or text
     lines = text.strip().splitlines() or ["no output"]
     for line in reversed(lines):
@@ -116,8 +119,9 @@ def units() -> dict[str, dict[str, list[str]]]:
         salt-call slmdb_service.units
 
     Returns each unit's properties, each a list of its lines. Raises ``CommandExecutionError`` if
-    systemd cannot be asked within 30 seconds; a health report waits for one, hears of it once and
-    goes on with empty ones. It keeps them in ``__context__["slmdb_units"]`` while it is made.
+    systemd cannot be asked within 30 seconds; a health report waits for a quarter of its time, at
+    least for one, hears of it once and goes on with empty ones. It keeps them in
+    ``__context__["slmdb_units"]`` while it is made.
     """
     names = [__salt__["slmdb_instance.facts"]()["unit"]]
     names.append(__salt__["slmdb_pillar.get"]("backend", "unit"))
@@ -125,7 +129,7 @@ def units() -> dict[str, dict[str, list[str]]]:
     report = __context__.get("slmdb_facts")
     if report is not None and __context__.get("slmdb_unanswered") is report:
         return found
-    text = _shown(names, ANSWER if report is None else ANSWER_IN_REPORT)
+    text = _shown(names, ANSWER if report is None else _patience())
     for name, block in zip(names, text.split("\n\n"), strict=False):
         for line in block.splitlines():
             key, _, value = line.partition("=")
@@ -134,6 +138,10 @@ def units() -> dict[str, dict[str, list[str]]]:
     if "MainPID" not in found[names[0]]:
         raise CommandExecutionError(_unanswered("it says nothing of the unit"))
     return found
+
+
+def _patience() -> int:
+    return max(ANSWER_IN_REPORT, int(__context__.get("slmdb_patience", 0)))
 
 
 def _shown(names: list[str], seconds: int) -> str:

@@ -137,7 +137,7 @@ def test_kill_9_during_a_backup(host, beside, victim):
     line = backup.result()
     print(victim, "killed:", line)
     assert "is not the key" not in line
-    assert host.processes("pgbackrest --config") == []
+    assert host.processes(" backup:local") + host.processes("--type=full") == []
     assert database.call(host, "slmdb_backup.verify")["problems"] == []
     if victim == "server":
         assert database.came_back(host, server)
@@ -147,11 +147,11 @@ def test_kill_9_during_a_backup(host, beside, victim):
 
 def test_kill_9_of_the_archiver(host, beside):
     """In the middle of a segment: it is archived again, whole."""
-    before, server = database.sql(host, ARCHIVED), database.postmaster(host)
+    server = database.postmaster(host)
     switched = beside(database.sql, host, f"{FILL}; {SWITCH}")
     push = caught(host, "archive-push pg_wal/", lambda: matching(host, TMP))
     segment = switched.result().splitlines()[-1]
-    assert database.sql(host, ARCHIVED) == before
+    assert (database.sql(host, ARCHIVED) or "") < segment
     kill(*host.processes("archiver"), push, *host.processes("archive-push"))
     commits = writer.logged(host)
     host.until("pg_isready -q")
@@ -302,7 +302,7 @@ def damaged_backup(host):
 
 @contextlib.contextmanager
 def full_disk(host):
-    room(host, DATA, 8)
+    room(host, DATA, 40)  # the server goes on: more than a segment of WAL
     try:
         yield "MiB free, the restore needs"
     finally:
@@ -327,6 +327,7 @@ def test_a_restore_that_cannot_be(host, fault, words):
     server, there = database.postmaster(host), os.listdir(host.path(DATA))
     with fault(host) as expected:
         files = [path for path in matching(host, f"{REPOSITORY}/**/*") if path.is_file()]
+        files = [path for path in files if not path.name.endswith(".pgbackrest.tmp")]
         before = {path: hashed(path) for path in files}
         line = database.refusal(host, *words)
         print(fault.__name__, line)
@@ -357,7 +358,7 @@ def test_a_disk_that_fills_during_a_restore(host, beside):
     restore = beside(database.refusal, host, *BESIDE)
     worker = caught(host, "restore:local", lambda: matching(host, f"{DATA}/restored/base/*/*"))
     host.run(f"systemctl kill -s STOP {writer.UNIT}")
-    room(host, DATA, 0)
+    room(host, DATA, 1)
     os.kill(worker, signal.SIGCONT)
     try:
         line = restore.result()

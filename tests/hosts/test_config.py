@@ -34,7 +34,8 @@ def host(boot, applied_layers):
     made.push_formula()
     made.run("systemctl start autobot-slm-database && until pg_isready -q; do sleep 0.1; done")
     made.run(f"PGAPPNAME=witness setsid {WITNESS} > /dev/null 2>&1 < /dev/null &")
-    made.run("sleep 0.5; until pg_isready -q; do sleep 0.1; done")
+    there = "count(*) = 1 FROM pg_stat_activity WHERE application_name = 'witness'"
+    database.until(made, there)
     yield made
     made.close()
 
@@ -81,7 +82,7 @@ def test_a_start_that_fails_all_the_same_goes_back_to_the_last_good_configuratio
     if verb == "start":
         host.run("systemctl stop autobot-slm-database")
     command = [f"{FORMULA}/bin/salt-call", "--out=json", f"slmdb_lastgood.{verb}"]
-    answer = host.run(command, check=False, timeout=60)
+    answer = host.run(command, check=False, timeout=300)
     assert answer.returncode != 0
     said = re.search(rf"{words}.*in force again, the server was away for (\d+) s", answer.stderr)
     assert said, answer.stderr

@@ -32,7 +32,7 @@ def test_the_commands_of(document, host):
     """Typed in the document's order, each ends well."""
     failed = {}
     for command in documents.local(document):
-        answer = host.run(f"cd {FORMULA} && {command}", check=False)
+        answer = host.run(f"cd {FORMULA} && {command}", check=False, timeout=900)
         if answer.returncode:
             failed[command] = answer.stdout[-1500:] + answer.stderr[-1500:]
     assert failed == {}

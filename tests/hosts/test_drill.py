@@ -45,10 +45,11 @@ def test_the_dump_s_timer_makes_a_dump(host):
     soon = "[Timer]\nOnCalendar=\nOnCalendar=*-*-* *:*:0/2\nAccuracySec=100ms\n"
     host.write(f"/run/systemd/system/{timer}.d/soon.conf", soon)
     host.run(f"systemctl daemon-reload && systemctl restart {timer}")
-    host.until(f"ls {DUMPS}/*/globals.sql", patience=60)
+    host.until(f"ls {DUMPS}/*/globals.sql", patience=300)
     host.run(f"rm -r /run/systemd/system/{timer}.d && systemctl daemon-reload")
     host.run(f"systemctl restart {timer}")
-    host.until("! systemctl is-active autobot-slm-backup-dump.service")
+    state = "systemctl show -P ActiveState autobot-slm-backup-dump.service"
+    host.until(f"{state} | grep -qx inactive", patience=300)
     name = host.run(f"ls {DUMPS}").stdout.split()[0]
     said = host.run(f"runuser -u postgres -- pg_restore -f - {DUMPS}/{name}/autobot_slm.dump")
     assert "PostgreSQL database dump complete" in said.stdout
@@ -60,7 +61,7 @@ def test_the_dump_s_timer_makes_a_dump(host):
 def test_the_drill_s_unit_proves_the_backup(host):
     """As the timer starts it; it leaves the result, and nothing else."""
     before = host.run("ls -A /var/lib/postgresql/15 /run").stdout
-    host.run(f"systemctl start {UNIT}.service", timeout=300)
+    host.run(f"systemctl start {UNIT}.service", timeout=900)
     last = json.loads(host.read(RECORD))["last"]
     assert last["proven"] is True and last["network"] is False
     assert host.run("ls -A /var/lib/postgresql/15 /run").stdout == before
@@ -70,9 +71,9 @@ def test_the_drill_s_unit_proves_the_backup(host):
 def test_a_drill_that_fails_is_a_failed_unit(host):
     """With the reason in the journal, and not more than that."""
     host.run("find /var/lib/pgbackrest/backup -name 'backup.manifest*' -exec sh -c ': >{}' ';'")
-    assert host.run(f"systemctl start {UNIT}.service", check=False, timeout=300).returncode != 0
+    assert host.run(f"systemctl start {UNIT}.service", check=False, timeout=900).returncode != 0
     assert UNIT in host.run("systemctl --failed --no-legend").stdout
-    journal = host.run(f"journalctl -q -o cat -u {UNIT} --since=-5min").stdout
+    journal = host.run(f"journalctl --sync; journalctl -q -o cat -u {UNIT} --since=-5min").stdout
     assert "pgbackrest" in journal and len(journal) < 8000
     last = json.loads(host.read(RECORD))
     assert last["last"]["proven"] is False and last["proven"]["proven"] is True

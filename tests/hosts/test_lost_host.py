@@ -90,8 +90,9 @@ def recovered(host):
     assert documents.commands(GUIDE, "lost") == [COMMAND]
     command = f"cd {FORMULA} && {COMMAND}"
     host.run(f"setsid bash -c '{command}' >/root/first.log 2>&1 & echo $! >/root/first", timeout=30)
-    host.until(f"{RESTORING} || ! kill -0 $(cat /root/first)", patience=600)
-    host.run("kill -KILL -- -$(cat /root/first)", check=False)
+    there = f"{RESTORING} || ! kill -0 $(cat /root/first)"
+    end = "kill -KILL -- -$(cat /root/first)"
+    host.run(f"until {there}; do sleep 0.05; done; {end}", check=False, timeout=600)
     assert "The database is" not in host.read("/root/first.log")
     assert host.run(f"test -e {MARK}").returncode == 0
     answer = host.run(command, timeout=900)

@@ -72,7 +72,7 @@ def host(boot, applied_layers, store):
 
 
 def ask(host, *words, check=True):
-    answer = host.run([SALT, "--out=json", *words], check=check, timeout=300)
+    answer = host.run([SALT, "--out=json", *words], check=check, timeout=900)
     return json.loads(answer.stdout)["local"]
 
 

@@ -135,6 +135,8 @@ def test_the_password_is_seen_nowhere(loud, site, watched):
     salt("slmdb.health")
     assert len(passwords) == 3, said
 
+    watched.ended.set()
+    watched.join()
     events.terminate()
     events.wait()
     bus.close()

@@ -243,6 +243,8 @@ def _prepare(base, wanted):
         host.run("apt-get -q update", timeout=600)
         packages = "postgresql pgbackrest openssh-server"
         host.run(f"apt-get -qy --download-only install {packages}", timeout=600)
+        # What Debian does in the night, or makes up for after one, would meet the tests' own apt.
+        host.run("systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer")
         host.run(f"rm -rf {FORMULA} /var/log/journal /etc/machine-id; touch /etc/machine-id")
         host.stop()
         subprocess.run(["cp", "-a", str(host.directory / "upper"), str(wanted)], check=True)
