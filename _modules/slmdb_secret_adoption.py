@@ -15,7 +15,8 @@ __virtualname__ = "slmdb_secret_adoption"
 
 _SESSIONS = """
 SELECT count(*) AS sessions FROM pg_catalog.pg_stat_activity
-WHERE application_name NOT LIKE 'slmdb%%' AND pid <> pg_backend_pid() AND {} = %s
+WHERE backend_type = 'client backend' AND application_name NOT LIKE 'slmdb%%'
+  AND pid <> pg_backend_pid() AND {} = %s
 """
 
 

@@ -90,7 +90,7 @@ def test_an_application_that_is_locked_out_in_every_way_gets_in_again(applied):
     made = apply(applied)
     assert (failures(made), changed(made)) == ({}, wanted)
     assert changed(apply(applied)) == set()
-    assert applied.call("slmdb.health")["problems"] == []
+    assert applied.call("slmdb.health", timeout=15)["problems"] == []
 
 
 def test_the_socket_answers(applied):

@@ -96,7 +96,13 @@ def test_a_busy_source_raises_no_alarm(host):
     change = "UPDATE log SET entry = entry || 'y' WHERE id % 50 = 0"
     delete = "DELETE FROM log WHERE id IN (SELECT id FROM log ORDER BY random() LIMIT 3)"
     ddl = "CREATE TABLE passing (i int); DROP TABLE passing; TRUNCATE quiet"
-    jobs = ([insert], [change], [delete, "SELECT pg_sleep(0.3)"], [ddl, "SELECT pg_sleep(0.2)"])
+    pause = "SELECT pg_sleep(0.01)"  # so that replaying it is the quicker
+    jobs = (
+        [insert, pause],
+        [change, pause],
+        [delete, "SELECT pg_sleep(0.3)"],
+        [ddl, "SELECT pg_sleep(0.2)"],
+    )
     threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
     for thread in threads:
         thread.start()

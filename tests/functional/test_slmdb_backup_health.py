@@ -197,7 +197,7 @@ def test_a_dead_repository_does_not_fill_the_disk(host, minions):
             time.sleep(0.2)
         # What waits is within the limit: two segments of 16 MB.
         until(lambda: len(ready()) <= 2)
-        assert "cannot be archived" in said(host, "warnings")
+        until(lambda: "cannot be archived" in said(host, "warnings"))
     assert host.call("slmdb_server.available") is True
     assert "the archived WAL has a gap at 0000000100000000" in said(host)
     assert "slmdb_backup.create full" in said(host)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -294,14 +296,12 @@ def test_before_a_change_a_backup_that_runs_is_waited_for(host):
     LOCK.touch()
     for path in (LOCK, LOCK.parent):
         shutil.chown(path, "postgres", "postgres")
-    holder = subprocess.Popen(["flock", LOCK, "sleep", "8"])
-    try:
-        time.sleep(0.5)
+    with LOCK.open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CommandExecutionError, match="acquire lock"):
             host.call("slmdb_backup.create")
+        threading.Timer(3, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
         label = host.call("slmdb_backup.before_change")
-    finally:
-        holder.wait()
     assert label in [row["label"] for row in host.call("slmdb_backup.list")]
 
 

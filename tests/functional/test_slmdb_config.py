@@ -285,7 +285,7 @@ def test_a_server_that_does_not_start_goes_back_to_the_last_good_configuration(
     said = f"{words}.*last good configuration is in force"
     with pytest.raises(CommandExecutionError, match=said):
         settled.call(f"slmdb_lastgood.{verb}")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 90  # not the minutes of a start that hangs
     assert CONF.read_text() == good
     assert settled.call("slmdb_server.available")
     assert run(settled) == set()

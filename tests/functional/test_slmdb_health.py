@@ -426,7 +426,7 @@ def test_a_pillar_with_mistakes_is_named_and_does_not_stop_the_report(minion):
 def test_the_return_code_reaches_the_shell(minion):
     command = [str(Path(sys.executable).with_name("salt-call")), "-c", str(minion.directory)]
     command += ["--local", "--log-level=quiet", "--retcode-passthrough", "--out=json"]
-    healthy = subprocess.run([*command, "slmdb.health"], capture_output=True, check=False)
+    healthy = subprocess.run([*command, "slmdb.health", "timeout=15"], capture_output=True)
     assert json.loads(healthy.stdout)["local"]["healthy"] is True
     assert healthy.returncode == 0
     with stopped(minion.call("slmdb_instance.facts")["pid"]):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,9 @@ def busy_dpkg(seconds):
 
 def test_another_dpkg_is_waited_for(host):
     """apt-mark itself fails at once."""
-    with busy_dpkg(3):
+    with busy_dpkg(60) as other:
         assert subprocess.run(["apt-mark", "hold", "postgresql-15"]).returncode
+        threading.Timer(2, other.kill).start()
         assert host.state("slmdb_hold.present").result is True
     assert held() >= OURS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import shutil
@@ -101,15 +102,11 @@ def test_one_maintenance_at_a_time(parked):
     parked.tell(APPROVED)
     lock = Path("/var/lib/autobot-slm-database/maintenance.lock")
     lock.write_text("4711\n")
-    holder = subprocess.Popen(["flock", lock, "sleep", "60"])
-    try:
-        time.sleep(0.5)
+    with lock.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         refused = parked.state("slmdb_maintenance.done")
         assert (refused.result, refused.changes) == (False, {})
         assert refused.comment == "another maintenance runs, process 4711; wait until it is over"
-    finally:
-        subprocess.run(["pkill", "-P", str(holder.pid)], check=True)
-        holder.wait()
     assert parked.state("slmdb_maintenance.done").result is True
 
 
@@ -117,7 +114,7 @@ def test_a_window_that_closes_meanwhile(parked):
     """The backup before it took too long: what is disruptive is not begun any more."""
     for state in ("configured", "present"):
         assert parked.state(f"slmdb_backup.{state}").result is True
-    closes = (time.time() + 20) // 60 * 60 + 60
+    closes = (time.time() + 40) // 60 * 60 + 60
     begin, end = (time.strftime("%H:%M", time.localtime(at)) for at in (closes - 3600, closes))
     maintenance = {"policy": "window", "windows": [f"daily {begin}-{end}"]}
     parked.tell({"slm_database": {**PARKED, "maintenance": maintenance}})

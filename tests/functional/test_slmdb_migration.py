@@ -348,7 +348,7 @@ def test_a_part_that_was_committed_outside_the_transaction(migrated):
 
 @pytest.mark.once
 def test_a_lock_held_by_somebody_names_him_and_leaves_him_alone(minion):
-    minion.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"lock_timeout": 1}}})
+    minion.tell({"slm_database": {**APPROVED["slm_database"], "migration": {"lock_timeout": 3}}})
     assert apply(minion, target="b1")["result"] is True
     holder = minion.call("slmdb_server.connect", "autobot_slm", application_name="somebody")
     with holder.cursor() as cursor:
@@ -381,7 +381,7 @@ def test_a_migration_that_takes_too_long_is_ended(migrated):
 
 @pytest.mark.once
 def test_a_second_migration_at_the_same_time_is_refused(migrated):
-    backend.add("e1", "d1", "Slow", sql("SELECT pg_sleep(4)"))
+    backend.add("e1", "d1", "Slow", sql("SELECT pg_sleep(9)"))
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
     command += ["-c", str(migrated.directory), "--log-level=quiet", "slmdb_migration.apply"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -398,7 +398,7 @@ def test_a_second_migration_at_the_same_time_is_refused(migrated):
 
 @pytest.mark.once
 def test_a_run_that_was_killed_can_be_repeated(migrated):
-    backend.add("e1", "d1", "Slow", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(3)"))
+    backend.add("e1", "d1", "Slow", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(9)"))
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
     command += ["-c", str(migrated.directory), "--log-level=quiet", "slmdb_migration.apply"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

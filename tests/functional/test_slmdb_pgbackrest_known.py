@@ -58,12 +58,16 @@ def refused(minion):
     """Have the server fail to archive a segment."""
     write_wal(minion)
     minion.call("slmdb_server.query", "SELECT pg_switch_wal()")
-    query = "SELECT last_failed_time AS failed, last_archived_time AS done FROM pg_stat_archiver"
+    until_failing(minion, True)
+
+
+def until_failing(minion, wanted):
+    """Wait until the last segment that the server tried was archived, or was not."""
+    query = """
+        SELECT coalesce(last_failed_time >= coalesce(last_archived_time, '-infinity'), false)
+               AS failing FROM pg_stat_archiver"""
     deadline = time.monotonic() + 60
-    while True:
-        (row,) = minion.call("slmdb_server.query", query)
-        if row["failed"] and not (row["done"] and row["done"] > row["failed"]):
-            return
+    while minion.call("slmdb_server.query", query)[0]["failing"] != wanted:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -83,6 +87,7 @@ def begun_anew(minion, pillar, store):
 def quiet(minion):
     """See that nothing is asked any more once WAL is archived again."""
     minion.call("slmdb_backup.settle")
+    until_failing(minion, False)
     assert ask(minion) == {}
     assert asked(minion) == ({}, False)
 

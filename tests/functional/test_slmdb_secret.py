@@ -562,9 +562,9 @@ def test_a_second_run_waits_for_the_first(host):
     secrets.FILE.chmod(0o600)
     held = os.open(secrets.DIRECTORY, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
+    began = time.monotonic()
     releasing = threading.Timer(0.5, os.close, [held])
     releasing.start()
-    began = time.monotonic()
     assert set(apply(host)) == {"mode"}
     assert time.monotonic() - began >= 0.5
 

@@ -439,6 +439,11 @@ def older(shared_server, minions):
     secrets.psql(
         "CREATE TABLE kept AS SELECT 42 AS answer; ALTER TABLE kept OWNER TO slm_app", "slm"
     )
+    # A session that is over is counted until its process is gone.
+    gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE datname LIKE 'slm%'"
+    deadline = time.monotonic() + 30
+    while secrets.psql(gone) != "True":
+        assert time.monotonic() < deadline
     lines = "SLM_DB_PASSWORD='of old'\nSLM_DATABASE_URL=postgresql://slm_app:x@localhost/slm\n"
     secrets.write(lines.encode(), secrets.OLD_FILE)
     return minions
