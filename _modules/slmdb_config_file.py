@@ -14,13 +14,17 @@ __virtualname__ = "slmdb_config_file"
 
 PATIENCE = 15
 
-# A setting that waits for a restart is listed there as one that could not be applied.
+# A setting that waits for a restart is listed there as one that could not be applied, and one that
+# was taken out, and waits, as an error without a name, a file and a line.
 ERRORS = """
 SELECT f.name, f.error, f.sourcefile AS file, f.sourceline AS line,
        s.context IS NOT NULL AS known
   FROM pg_file_settings f LEFT JOIN pg_settings s USING (name)
  WHERE f.error IS NOT NULL
    AND (s.context = 'postmaster' AND f.error = 'setting could not be applied') IS NOT TRUE
+   AND NOT (f.name IS NULL AND f.sourcefile IS NULL AND EXISTS (
+       SELECT FROM pg_settings waits
+        WHERE waits.pending_restart AND position(waits.name IN f.error) > 0))
  ORDER BY f.seqno
 """
 
@@ -61,7 +65,8 @@ def lines() -> list[str]:
     found = []
     for row in errors():
         said = f"{row['name']}: {row['error']}" if row["name"] else row["error"]
-        found.append(f"{row['file']}, line {row['line']}: {said}")
+        where = f"{row['file']}, line {row['line']}: " if row["file"] else ""
+        found.append(f"{where}{said}")
     return found
 
 

@@ -52,6 +52,10 @@ SELECT current_setting('server_version') AS version,
                'failed_at', extract(epoch FROM last_failed_time)::float)
           FROM pg_stat_archiver) AS archiver,
        (SELECT rolcanlogin FROM pg_roles WHERE rolname = %(role)s) AS role_may_log_in,
+       (SELECT rolconnlimit FROM pg_roles WHERE rolname = %(role)s) AS role_limit,
+       (SELECT datconnlimit FROM pg_database WHERE datname = %(database)s) AS database_limit,
+       (SELECT has_database_privilege(r.oid, d.oid, 'CONNECT') FROM pg_roles r, pg_database d
+         WHERE r.rolname = %(role)s AND d.datname = %(database)s) AS role_may_connect,
        (SELECT rolvaliduntil::text FROM pg_roles
          WHERE rolname = %(role)s AND rolvaliduntil <= now()) AS role_expired,
        -- As they come into force, each above those before it.
@@ -77,7 +81,7 @@ SELECT t AS name, found.owner, found.lacking
   FROM unnest(%(tables)s::text[]) WITH ORDINALITY AS wanted(t, place)
   LEFT JOIN LATERAL (
        SELECT ARRAY(SELECT p FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) p
-                     WHERE c.relowner <> r.oid AND NOT has_table_privilege(r.oid, c.oid, p)
+                     WHERE NOT has_table_privilege(r.oid, c.oid, p)
               ) AS lacking, pg_get_userbyid(c.relowner) AS owner
          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          LEFT JOIN pg_roles r ON r.rolname = %(role)s
@@ -342,6 +346,8 @@ def _server(found: dict[str, Any], answer: dict[str, Any], unit: dict, row: dict
         "database_owner": row.get("owner"),
         "role_may_log_in": row.get("role_may_log_in"),
         "role_expired": row.get("role_expired"),
+        "role_may_connect": row.get("role_may_connect"),
+        "limits": {"role": row.get("role_limit"), "database": row.get("database_limit")},
         "overrides": _overrides(row),
         "unit": unit,
     }

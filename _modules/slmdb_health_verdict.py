@@ -87,16 +87,27 @@ def _inside(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     elif server["database_owner"] != settings["role"]:
         owner = server["database_owner"]
         yield f"database {settings['database']} belongs to {owner}, not to {settings['role']}"
+    yield from _let_in(server, settings)
+    for row in _in_force(server["overrides"]):
+        if row["name"] == "default_transaction_read_only" and _is_on(row["value"]):
+            yield f"{row['name']} is on for the application, which may not write; {row['reset']}"
+
+
+def _let_in(server: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+    """What keeps the application out of a server that answers."""
     if server["role_may_log_in"] is None:
         yield f"role {settings['role']} does not exist; {APPLY} makes it"
     elif not server["role_may_log_in"]:
         yield f"role {settings['role']} may not log in"
+    if server["role_may_connect"] is False:
+        database = settings["database"]
+        yield f"role {settings['role']} may not connect to database {database}; {APPLY} grants it"
+    for kind, limit in server["limits"].items():
+        if limit == 0:
+            yield f"{kind} {settings[kind]} lets nobody in: CONNECTION LIMIT 0; {APPLY} lifts it"
     if server["role_expired"]:
         expired = server["role_expired"]
         yield f"the password of role {settings['role']} expired at {expired}; {APPLY} renews it"
-    for row in _in_force(server["overrides"]):
-        if row["name"] == "default_transaction_read_only" and _is_on(row["value"]):
-            yield f"{row['name']} is on for the application, which may not write; {row['reset']}"
 
 
 def _in_force(overrides: list[dict[str, str]]) -> Iterable[dict[str, str]]:
@@ -173,7 +184,8 @@ def _secret(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     if secret["problem"]:
         yield True, f"secret: {secret['problem']}"
     elif not secret["exists"]:
-        yield True, f"secret: there is no {file}; {APPLY}.secret makes it"
+        new = f"on a new install {APPLY}.secret makes it"
+        yield True, f"secret: there is no {file}: bring it back; {new}"
     if secret["in_step"] is False:
         yield True, f"{file}: the password is not the server's; {APPLY}.secret sets it there"
     for name, wanted in secret["wanted"].items():

@@ -370,7 +370,7 @@ def beside(
     spaces = files(directory, chosen, archive=False)
     try:
         _register(found, instance, directory, number)
-        _run(["pg_ctlcluster", version, instance, "start"])
+        _start(version, instance)
         _started(directory, number, instance)
         gap = gap or __salt__["slmdb_backup_gap.short"](chosen, archived, port=number)
     except CommandExecutionError as err:
@@ -422,8 +422,26 @@ def _register(found: dict[str, Any], instance: str, directory: str, port: int) -
     _run(["pg_createcluster", *options, version, instance])
 
 
+def _start(version: str, instance: str) -> None:
+    """Where systemd starts it, only the server's log has the server's words."""
+    try:
+        _run(["pg_ctlcluster", version, instance, "start"])
+    except CommandExecutionError:
+        if not __salt__["slmdb_instance.facts"]()["systemd"]:
+            raise
+        raise CommandExecutionError(
+            __salt__["slmdb_replay.last_words"](_log(version, instance))
+        ) from None
+
+
+def _log(version: str, instance: str) -> str:
+    return f"/var/log/postgresql/postgresql-{version}-{instance}.log"
+
+
 def _run(command: list[str]) -> None:
-    answer = __salt__["cmd.run_all"](command, python_shell=False, env={"LC_ALL": "C.UTF-8"})
+    answer = __salt__["cmd.run_all"](
+        command, python_shell=False, env={"LC_ALL": "C.UTF-8"}, ignore_retcode=True
+    )
     if answer["retcode"]:
         lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
         fatal = [line for line in lines if "FATAL:" in line]
@@ -434,7 +452,7 @@ def _run(command: list[str]) -> None:
 def _started(directory: str, port: int, instance: str) -> None:
     """Wait until the server on restored files has replayed what it shall."""
     version = __salt__["slmdb_instance.facts"]()["version"]
-    log = f"/var/log/postgresql/postgresql-{version}-{instance}.log"
+    log = _log(version, instance)
     pid_file = os.path.join(directory, "postmaster.pid")
     until_recovered(log, lambda: os.path.exists(pid_file), port=port)
 
@@ -540,15 +558,14 @@ def in_place(
         _remove(new, spaces)
         raise CommandExecutionError(_reason(err, chosen)) from None
     _moved(new, data)
-    if found["running"]:
-        __salt__["slmdb_service.stop"]()
+    running = _stopped(found)
     try:
         os.rename(data, kept)
         os.rename(new, data)
         __salt__["slmdb_service.start"]()
         _started(data, found["port"], found["name"])
     except (CommandExecutionError, OSError) as err:
-        _put_back(data, kept, found["running"])
+        _put_back(data, kept, running)
         _remove(new, spaces)
         raise CommandExecutionError(_reason(err, chosen)) from None
     return {
@@ -559,6 +576,17 @@ def in_place(
         "seconds": round(_clock() - begun, 1),
         "kept": kept,
     }
+
+
+def _stopped(found: dict[str, Any]) -> bool:
+    """
+    Stop the server, whatever became of it while the files were restored; tell whether it ran then
+    or before. systemd may be about to start one that is down.
+    """
+    now = __salt__["slmdb_instance.facts"]()
+    if now["running"] or now["systemd"]:
+        __salt__["slmdb_service.stop"]()
+    return found["running"] or now["running"]
 
 
 def _undo_half(data: str) -> None:

@@ -284,6 +284,11 @@ def facts(server: bool = True, query: Any = None) -> dict[str, Any]:
         return {**found, "problem": err.strerror}
     values = store.values()
     found.update(_report(want, store, values))
+    if store.exists and want["key"] not in values and not found["rotation"]:
+        found["problem"] = (
+            f"{want['file']}: there is no {want['key']}: bring the copy back; on a new install "
+            "state.apply slm_database.secret makes it"
+        )
     if server and want["key"] in values:
         with contextlib.suppress(CommandExecutionError):
             found.update(_server_report(want, values[want["key"]], query))

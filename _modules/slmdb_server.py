@@ -12,6 +12,7 @@ import os
 import pwd
 import re
 import select
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -88,12 +89,17 @@ def _as_server_user() -> Iterator[None]:
         uid = pwd.getpwnam(USER).pw_uid
     except KeyError as err:
         raise CommandExecutionError(f"user {USER} does not exist: no server is installed") from err
-    before = os.geteuid()
+    # All threads have one effective user: the next one waits, but never for a thread that a fork
+    # left behind.
+    turn = __context__.setdefault("slmdb_server_user", threading.Lock())
+    mine = turn.acquire(timeout=TIMEOUT)
     os.seteuid(uid)
     try:
         yield
     finally:
-        os.seteuid(before)
+        os.seteuid(0)
+        if mine:
+            turn.release()
 
 
 def connect(database: str = USER, **overrides: Any) -> Any:
@@ -151,8 +157,16 @@ def _ended(connection: Any) -> bool:
     return bool(poller.poll(0))
 
 
+def _kept() -> dict[str, Any]:
+    """The connections of this thread of this process: no two can speak on one of them."""
+    own = __context__.setdefault("slmdb_connections", threading.local())
+    if getattr(own, "process", None) != os.getpid():
+        own.process, own.connections = os.getpid(), {}
+    return own.connections
+
+
 def _connection(database: str) -> Any:
-    kept = __context__.setdefault("slmdb_connections", {})
+    kept = _kept()
     if database not in kept or _ended(kept[database]):
         kept[database] = connect(database)
         kept[database].autocommit = True
@@ -168,7 +182,7 @@ def _run(connection: Any, statement: Any, parameters: Sequence | None) -> list[d
 
 def _any() -> str:
     """The database to ask what is the same in all: the usual one, else one that is open already."""
-    kept = __context__.get("slmdb_connections") or {USER: None}
+    kept = _kept() or {USER: None}
     return USER if USER in kept else next(iter(kept))
 
 
@@ -260,7 +274,7 @@ def forget(database: str | None = None) -> None:
 
     Returns nothing, raises nothing.
     """
-    kept = __context__.get("slmdb_connections", {})
+    kept = _kept()
     for name in list(kept) if database is None else [database]:
         with contextlib.suppress(Exception):
             kept.pop(name).close()

@@ -136,6 +136,7 @@ write_config() {
   {
     printf '%s\n' 'file_client: local' 'master_type: disable' 'fileserver_backend: [roots]' \
       'use_master_when_local: false' 'saltenv: null' 'minion_id_caching: false' 'user: root' \
+      'test: false' \
       "cachedir: $CACHE" "extension_modules: $CACHE/extmods" "pki_dir: $CONFIG/pki" \
       "sock_dir: $CACHE/run" "pidfile: $CACHE/pid" "log_file: $LOGS/salt-call.log"
     if [ -s /etc/salt/minion_id ]; then

@@ -1,3 +1,4 @@
+#!jinja|yaml
 # Comes before everything else, in every SLS of the formula: a minion that has never seen the
 # formula gets its modules, one that has an older version gets the new ones, and the pillar is
 # checked as a whole before anything on the host is touched.

@@ -177,6 +177,18 @@ def test_a_permitted_restart_brings_it(settled, leave):
     assert run(settled) == set()
 
 
+def test_what_is_taken_out_and_waits_is_no_error(settled):
+    """The server has a nameless one for it; only what waits is told."""
+    tell(settled, settings={"max_wal_senders": 12}, restart="now")
+    run(settled)
+    settled.call("slmdb_service.restart")
+    tell(settled)
+    run(settled)
+    assert settled.call("slmdb_config_file.lines") == []
+    (waits,) = settled.call("slmdb_config.pending")
+    assert (waits["name"], waits["new"]) == ("max_wal_senders", "the default")
+
+
 def test_what_the_server_keeps_over_a_restart_must_find_room(settled):
     """An empty scratch instance has no prepared transaction and no replication slot."""
     room = {"max_prepared_transactions": 5, "wal_level": "logical"}

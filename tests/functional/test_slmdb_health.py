@@ -251,6 +251,47 @@ OVERRIDES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("drift", "words", "noun"),
+    [
+        ("ALTER ROLE {} CONNECTION LIMIT 0", "role {} lets nobody in", "slmdb_role"),
+        ("ALTER DATABASE {} CONNECTION LIMIT 0", "database {} lets nobody in", "slmdb_database"),
+        ("REVOKE CONNECT ON DATABASE {0} FROM {0}", "{0} may not connect", "slmdb_database"),
+    ],
+)
+def test_an_application_that_is_not_let_in(minion, drift, words, noun):
+    """Though its role may log in; the next run lets it in again."""
+    execute(minion, drift.format("autobot_slm"))
+    try:
+        assert words.format("autobot_slm") in problems(minion)
+    finally:
+        minion.call(f"{noun}.apply")
+    assert words.format("autobot_slm") not in problems(minion)
+
+
+def test_tables_of_its_own_that_the_role_may_not_use(minion):
+    """Its owner may take them from itself, or a restored dump may."""
+    minion.tell({"slm_database": {"health": {"tables": ["mine"]}}})
+    execute(minion, "CREATE TABLE mine (id int)", "autobot_slm")
+    try:
+        execute(minion, "ALTER TABLE mine OWNER TO autobot_slm", "autobot_slm")
+        assert ask(minion)["tables"]["forbidden"] == []
+        execute(minion, "REVOKE UPDATE ON mine FROM autobot_slm", "autobot_slm")
+        assert ask(minion)["tables"]["forbidden"][0]["lacking"] == ["UPDATE"]
+    finally:
+        execute(minion, "DROP TABLE mine", "autobot_slm")
+
+
+def test_a_secret_file_without_the_password(minion):
+    """Emptied by an editor, for instance: the backend has none."""
+    kept = SECRET.read_bytes()
+    SECRET.write_bytes(b"")
+    try:
+        assert f"{SECRET}: there is no SLM_DB_PASSWORD: bring the copy back" in problems(minion)
+    finally:
+        SECRET.write_bytes(kept)
+
+
 def test_settings_for_the_application_alone_are_one_warning(minion):
     """With what takes each away; those for somebody else are none of it."""
     execute(minion, "ALTER ROLE postgres SET work_mem = '7MB'")

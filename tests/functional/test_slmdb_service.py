@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,20 @@ def test_a_server_outside_our_unit_is_moved_only_if_a_restart_is_permitted(
     announced = approved.state("slmdb_service.running", test=True)
     assert announced.changes["server"]["old"] == "running outside our unit"
     assert not getattr(announced, "warnings", None)
+
+
+def test_each_thread_has_a_connection_of_its_own(server):
+    """A minion without processes of its own for jobs runs several at once; and it closes them."""
+    asked = "SELECT pg_backend_pid() AS pid FROM pg_sleep(0.3)"
+
+    def ask(_):
+        return server.call("slmdb_server.query", asked)[0]["pid"]
+
+    with ThreadPoolExecutor(3) as pool:
+        pids = list(pool.map(ask, range(3)))
+    assert len(set(pids)) == 3
+    left = "SELECT count(*) AS n FROM pg_stat_activity WHERE pid = ANY(%s)"
+    deadline = time.monotonic() + 30
+    while server.call("slmdb_server.query", left, [pids])[0]["n"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

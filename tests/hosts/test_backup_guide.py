@@ -94,6 +94,29 @@ def test_one_table_comes_back_from_a_dump(host):
     assert sql(host, "SELECT count(*), max(id) FROM nodes") == "10|10"
 
 
+def test_a_target_that_is_not_there(host):
+    """The server's own reason, though systemd starts it; nothing is left."""
+    said = database.refusal(host, "slmdb_backup.restore", "restore_point=nope")
+    assert "restore point nope: the archived WAL that follows backup" in said
+    assert host.run("pg_lsclusters -h").stdout.count("\n") == 1
+
+
+def test_a_server_that_was_started_while_it_is_replaced(host):
+    """What the server did meanwhile does not count: it is stopped before its data is moved."""
+    moment = sql(host, NOW)
+    sql(host, "DELETE FROM nodes")
+    call(host, "slmdb_backup.settle")
+    host.run(f"systemctl stop {database.UNIT}")
+    command = f"{FORMULA}/bin/salt-call slmdb_backup.restore time={moment} in_place=15/main"
+    host.run(f"{command} >/root/said 2>&1 & echo $! >/root/pid")
+    host.until("test -d /var/lib/postgresql/15/main.restoring", patience=100)
+    host.run(f"systemctl start {database.UNIT}")
+    host.until("! kill -0 $(cat /root/pid)", patience=200)
+    assert "main.before-" in host.read("/root/said"), host.read("/root/said")
+    assert database.active(host) == "active"
+    assert sql(host, "SELECT count(*) FROM nodes") == "10"
+
+
 def test_the_whole_database_goes_back(host):
     """To before the mistake; what it was is kept beside."""
     moment = sql(host, NOW)

@@ -61,6 +61,26 @@ def test_a_failed_state_is_a_failed_command(host):
         assert "    This fails" in answer.stderr.splitlines()
 
 
+def test_two_at_the_same_time(host):
+    """The second waits for the first, and both end."""
+    command = f"timeout 200 {FORMULA}/bin/apply --file-root=/srv/other test=True"
+    command += " pillar='{fine: true}'"
+    both = f"{command} >/root/one 2>&1 & sleep 0.7; {command} >/root/two 2>&1; two=$?; wait $!"
+    host.run(f"{both} && exit $two", timeout=500)
+    said = [host.read(f"/root/{name}") for name in ("one", "two")]
+    assert all("    This fails" in one and "Succeeded: 1" in one for one in said)
+    assert any("Waiting for another bin/apply to end" in one for one in said)
+
+
+def test_a_minion_that_only_tests_by_itself_does_not_count(host):
+    """Who calls bin/apply without test=True wants it applied."""
+    host.write("/etc/salt/minion.d/test.conf", "test: true\n")
+    try:
+        assert salt_call(host, "config.get", "test") is False
+    finally:
+        host.run("rm /etc/salt/minion.d/test.conf")
+
+
 def test_the_environment_does_not_matter(host):
     """No HOME, no locale, an ignored SIGHUP, another directory, a link: the same."""
     host.run(f"ln -sf {FORMULA}/bin/salt-call /usr/local/sbin/formula")

@@ -23,6 +23,8 @@ WELL = {
         "database_owner": "autobot_slm",
         "role_may_log_in": True,
         "role_expired": None,
+        "role_may_connect": True,
+        "limits": {"role": -1, "database": 20},
         "overrides": [],
         "unit": {
             "name": "autobot-slm-database",
@@ -120,6 +122,9 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("server.role_may_log_in", None, "role autobot_slm does not exist"),
         ("server.role_may_log_in", False, "may not log in"),
         ("server.role_expired", "2020-01-01 00:00:00+00", "expired at 2020-01-01 00:00:00+00"),
+        ("server.role_may_connect", False, "may not connect to database autobot_slm"),
+        ("server.limits.role", 0, "role autobot_slm lets nobody in: CONNECTION LIMIT 0"),
+        ("server.limits.database", 0, "database autobot_slm lets nobody in: CONNECTION LIMIT 0"),
         ("access.addresses", ["0.0.0.0", "127.0.0.1", "::1"], "at 0.0.0.0, off loopback"),
         ("configuration", ["file, line 2: bad"], "configuration: file, line 2: bad"),
         ("access.rule_errors", ["file, line 3: bad"], "access rule: file, line 3: bad"),
