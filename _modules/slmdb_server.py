@@ -139,7 +139,8 @@ def connect(database: str = USER, **overrides: Any) -> Any:
     try:
         return driver.connect(**parameters)
     except driver.OperationalError as first:
-        if os.geteuid() != 0 or not _KEPT_OUT.search(str(first)):
+        # The real user: another thread may be the server's user at this moment.
+        if os.getuid() != 0 or not _KEPT_OUT.search(str(first)):
             raise CommandExecutionError(_line(first)) from None
     try:
         with _as_server_user():
