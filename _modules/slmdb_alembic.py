@@ -20,6 +20,7 @@ import subprocess
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_alembic"
 

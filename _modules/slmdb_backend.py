@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_backend"
 
 # Wants, never Requires or BindsTo: a stop, a start or a crash of the database must not take the

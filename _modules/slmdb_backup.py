@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_backup"
 

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 try:
     import psycopg2

@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.loader.dunder import __opts__
 
 if TYPE_CHECKING:
     import tarfile

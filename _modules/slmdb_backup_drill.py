@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_backup_drill"
 

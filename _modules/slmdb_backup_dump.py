@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_backup_dump"
 

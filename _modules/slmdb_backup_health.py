@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_backup_health"
 
 SINCE = "/var/lib/autobot-slm-database/backups-since"

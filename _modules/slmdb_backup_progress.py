@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_backup_progress"
 

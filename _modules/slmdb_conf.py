@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from salt.exceptions import SaltInvocationError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_conf"
 

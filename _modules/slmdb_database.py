@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_database"
 
 READ = """

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import logging
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_event"
 
 log = logging.getLogger(__name__)

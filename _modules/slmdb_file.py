@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_file"
 

@@ -4,6 +4,8 @@ What is in the instance and neither the formula's nor PostgreSQL's own: no clean
 
 from __future__ import annotations
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_foreign"
 
 DATABASES = """

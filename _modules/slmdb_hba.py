@@ -6,6 +6,8 @@ import ipaddress
 import re
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_hba"
 
 HEADER = "# Written by Salt (slm_database): change the pillar, not this file.\n"

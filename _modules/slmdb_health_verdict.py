@@ -8,6 +8,8 @@ import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_health_verdict"
 
 APPLY = "state.apply slm_database"

@@ -14,6 +14,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_kinds"
 
 METHODS = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_limits"
 
 # What a setting must not be, and why. A value of None: no value is allowed.

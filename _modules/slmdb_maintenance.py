@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_maintenance"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.loader.dunder import __opts__
 
 try:
     from psycopg2 import sql

@@ -7,6 +7,8 @@ from __future__ import annotations
 from datetime import date, timedelta
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_pending"
 
 # When the community's support of a major ends: https://www.postgresql.org/support/versioning/

@@ -17,6 +17,7 @@ from typing import Any
 import salt.utils.dictupdate
 import yaml
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_pillar"
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_program"
 

@@ -11,6 +11,8 @@ import re
 import shutil
 import time
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_record"
 
 DIRECTORY = "/var/lib/autobot-slm-database"

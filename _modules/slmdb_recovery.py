@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import salt.utils.yaml
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_recovery"
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_replay"
 

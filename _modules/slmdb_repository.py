@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_repository"
 

@@ -19,6 +19,7 @@ from typing import Any
 import salt
 import salt.version
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_runner"
 

@@ -20,6 +20,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_schema"
 
 TOP = "slm_database"

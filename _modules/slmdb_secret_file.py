@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.loader.dunder import __opts__
 from salt.utils.files import normalize_mode
 
 __virtualname__ = "slmdb_secret_file"

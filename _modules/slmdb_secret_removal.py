@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_secret_removal"
 
 

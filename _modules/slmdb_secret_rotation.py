@@ -24,6 +24,7 @@ import datetime
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_secret_rotation"
 

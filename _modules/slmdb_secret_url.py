@@ -10,6 +10,8 @@ import re
 from typing import Any
 from urllib.parse import quote, unquote
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_secret_url"
 
 # SQLAlchemy takes everything up to the first "@" for the password, and needs no path.

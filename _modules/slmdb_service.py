@@ -10,6 +10,7 @@ import subprocess
 import time
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_service"
 

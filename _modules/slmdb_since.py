@@ -7,6 +7,8 @@ import os
 import time
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_since"
 
 RECORD = "/var/lib/autobot-slm-database/pending.json"

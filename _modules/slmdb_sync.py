@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_sync"
 
 KINDS = ("modules", "states")

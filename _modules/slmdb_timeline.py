@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_timeline"
 

@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from salt.loader.dunder import __opts__
+
 __virtualname__ = "slmdb_tuning"
 
 MB = 1024**2

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_unit"
 

@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Callable
 
 from salt.exceptions import CommandExecutionError
+from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_verifier"
 

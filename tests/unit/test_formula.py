@@ -1,4 +1,4 @@
-"""FORMULA is what Salt's package manager needs."""
+"""What Salt makes of the formula as a whole: a package, and modules that cost little to load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+import salt.loader
 import yaml
+from salt.loader.context import NamedLoaderContext
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -35,3 +37,14 @@ def test_spm_builds_the_package(tmp_path):
     top = f"{name}/{formula['top_level_dir']}"
     for wanted in (f"{top}/init.sls", f"{name}/_modules/slmdb.py", f"{name}/pillar.example"):
         assert wanted in names
+
+
+def test_no_module_is_given_a_copy_of_the_options(tmp_path):
+    """Salt would make one for each, which takes longer than all else that it does to load it."""
+    opts = {"extension_modules": str(tmp_path), "optimization_order": [0], "grains": {}}
+    loader = salt.loader.LazyLoader([str(CHECKOUT / "_modules")], opts, tag="module")
+    for path in (CHECKOUT / "_modules").glob("*.py"):
+        functions = [name for name in loader if name.startswith(f"{path.stem}.")]
+        assert functions, path.stem
+        module = sys.modules[loader._dict[functions[0]].__module__]
+        assert isinstance(module.__opts__, NamedLoaderContext), path.stem
