@@ -35,15 +35,9 @@ SELECT current_setting('server_version') AS version,
        current_setting('max_connections')::int AS allowed,
        current_setting('superuser_reserved_connections')::int
        + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
-       (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS used,
+       activity.used, activity.oldest_transaction,
        (SELECT max(age(datfrozenxid)) FROM pg_database) AS transaction_id_age,
        (SELECT sum(checksum_failures)::bigint FROM pg_stat_database) AS checksum_failures,
-       (SELECT json_build_object('pid', pid, 'user', usename, 'database', datname, 'state', state,
-               'seconds', extract(epoch FROM clock_timestamp() - xact_start)::bigint)
-          FROM pg_stat_activity
-         WHERE backend_type = 'client backend' AND xact_start IS NOT NULL
-           AND pid <> pg_backend_pid()
-         ORDER BY xact_start LIMIT 1) AS oldest_transaction,
        (SELECT json_build_object('name', gid, 'user', owner, 'database', database,
                'seconds', extract(epoch FROM clock_timestamp() - prepared)::bigint)
           FROM pg_prepared_xacts ORDER BY prepared LIMIT 1) AS oldest_prepared,
@@ -52,13 +46,10 @@ SELECT current_setting('server_version') AS version,
                'archived_at', extract(epoch FROM last_archived_time)::float,
                'failed_at', extract(epoch FROM last_failed_time)::float)
           FROM pg_stat_archiver) AS archiver,
-       (SELECT rolcanlogin FROM pg_roles WHERE rolname = %(role)s) AS role_may_log_in,
-       (SELECT rolconnlimit FROM pg_roles WHERE rolname = %(role)s) AS role_limit,
-       (SELECT datconnlimit FROM pg_database WHERE datname = %(database)s) AS database_limit,
-       (SELECT has_database_privilege(r.oid, d.oid, 'CONNECT') FROM pg_roles r, pg_database d
-         WHERE r.rolname = %(role)s AND d.datname = %(database)s) AS role_may_connect,
-       (SELECT rolvaliduntil::text FROM pg_roles
-         WHERE rolname = %(role)s AND rolvaliduntil <= now()) AS role_expired,
+       r.rolcanlogin AS role_may_log_in, r.rolconnlimit AS role_limit,
+       CASE WHEN r.rolvaliduntil <= now() THEN r.rolvaliduntil::text END AS role_expired,
+       d.datconnlimit AS database_limit, pg_get_userbyid(d.datdba) AS owner,
+       has_database_privilege(r.oid, d.oid, 'CONNECT') AS role_may_connect,
        -- As they come into force, each above those before it.
        (SELECT json_agg(json_build_array(s.setconfig, concat(
                CASE WHEN s.setrole <> 0 THEN 'ALTER ROLE ' || quote_ident(r.rolname)
@@ -69,8 +60,20 @@ SELECT current_setting('server_version') AS version,
           FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole
           LEFT JOIN pg_database d ON d.oid = s.setdatabase
          WHERE (s.setrole = 0 OR r.rolname = %(role)s)
-           AND (s.setdatabase = 0 OR d.datname = %(database)s)) AS overrides,
-       (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(database)s) AS owner
+           AND (s.setdatabase = 0 OR d.datname = %(database)s)) AS overrides
+  FROM (SELECT count(*) AS used,
+               (array_agg(json_build_object(
+                       'pid', pid, 'user', pg_get_userbyid(usesysid),
+                       'database', (SELECT datname FROM pg_database WHERE oid = datid),
+                       'state', state,
+                       'seconds', extract(epoch FROM clock_timestamp() - xact_start)::bigint)
+                   ORDER BY xact_start)
+                FILTER (WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid())
+               )[1] AS oldest_transaction
+          FROM pg_stat_get_activity(NULL) -- read once, without the view's names
+         WHERE backend_type = 'client backend') activity
+  LEFT JOIN pg_roles r ON r.rolname = %(role)s
+  LEFT JOIN pg_database d ON d.datname = %(database)s
 """
 DATABASE = """
 SELECT CASE WHEN pg_relation_size('pg_catalog.pg_class') < %(large)s
