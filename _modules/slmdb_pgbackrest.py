@@ -147,6 +147,25 @@ def logs() -> str:
     return f"{LOGS}/{STANZA}"
 
 
+def since() -> float | None:
+    """
+    Return when the first apply with backups on was, in seconds since the epoch.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.since
+
+    Returns ``None`` if there was none, or they were switched off after it. Raises
+    ``CommandExecutionError`` if it cannot be read.
+    """
+    try:
+        return float(__salt__["slmdb_file.read"](SINCE) or b"")
+    except ValueError:
+        return None
+
+
 def repositories() -> list[int]:
     """
     Return the numbers of the configured repositories, as pgBackRest counts them.

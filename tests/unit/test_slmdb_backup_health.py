@@ -17,9 +17,9 @@ WELL = {
     "since": "2026-01-01T00:00:00Z",
     "repositories": [
         {"repository": 1, "where": "/r", "local": True, "there": True, "last": LAST, "failed": None}
-        | {"backups": 1},
+        | {"backups": 1, "lacks": None},
         {"repository": 2, "where": "s3", "local": False, "there": None, "last": LAST}
-        | {"backups": None, "failed": None},
+        | {"backups": None, "failed": None, "lacks": None},
     ],
     "wal": {"mode": "on", "waiting_seconds": None, "failing": None, "reason": None, "gap": None},
     "verified": None,
@@ -61,6 +61,7 @@ def test_well_is_silent(judge):
         ({"repositories__1__last": None}, "repository 2 (s3): no backup yet for"),
         ({"repositories__1__last": {**LAST, "age_seconds": 93601}}, "backup, L, is 26 h old"),
         ({"repositories__0__last": {**LAST, "damaged": True}}, "pages whose checksum is wrong"),
+        ({"repositories__1__lacks": "W"}, "repository 2 (s3) lacks archived WAL up to W"),
         ({"wal__waiting_seconds": 3601}, "WAL waits for 60 min to be archived, limit 1h"),
         (
             {"wal__waiting_seconds": 3601, "wal__failing": {"wal": "W", "since": "then"}},
