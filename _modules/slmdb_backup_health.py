@@ -52,19 +52,22 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
 
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
     ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
-    ``last``, ``failed`` and ``lacks``, a segment from before it came into use), ``wal``
-    (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``),
-    ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
-    ``CommandExecutionError`` if the settings cannot be told.
+    ``last``, ``failed``, ``lacks`` (a segment from before it came into use) and ``closed`` (what
+    the server cannot use)), ``keys`` (what is wrong with them), ``wal`` (``archived``,
+    ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``), ``verified``, ``drill``
+    and ``copy`` (as their modules have them). Raises ``CommandExecutionError`` if the settings
+    cannot be told.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return {"enabled": False}
     runs, described = _runs(), __salt__["slmdb_backup_repository.described"]()
+    encrypted = __salt__["slmdb_backup_repository.encrypted"]()
     logged = [row["repository"] for row in described if row["type"] != "host"]
     return {
         "enabled": True,
         "since": _moment(__salt__["slmdb_pgbackrest.since"]()),
         "repositories": [_repository(row, runs) for row in described],
+        "keys": [line for number in encrypted for line in _key(number)],
         "wal": _wal(archiver or {}, runs, logged),
         "verified": _kept(VERIFIED) or None,
         "drill": __salt__["slmdb_backup_drill.last"](),
@@ -134,7 +137,7 @@ def _repository(row: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
     number = row["repository"]
     ours = [run for run in runs if run["repository"] == number and "at" in run]
     made = [run for run in ours if run["done"] and "label" in run]
-    known = ("there", "backups", "free_percent", "last", "failed")
+    known = ("there", "backups", "free_percent", "last", "failed", "closed")
     answer = {**row, **dict.fromkeys(known), "lacks": _lacks(row, runs)}
     if row["local"]:
         answer.update(_listed(row["path"], {run["label"]: run for run in made}, answer["lacks"]))
@@ -164,6 +167,22 @@ def _covered(runs: list[dict[str, Any]]) -> dict[int, str]:
         if run["done"] and "wal" in run:
             covered[run["repository"]] = max(run["wal"], covered.get(run["repository"], ""))
     return covered
+
+
+def _key(number: int) -> Iterator[str]:
+    """What is wrong with the file of a repository's key; its content is nobody's business."""
+    path, user = (
+        __salt__["slmdb_pgbackrest.key"](number),
+        __salt__["slmdb_instance.facts"]()["user"],
+    )
+    data = __salt__["slmdb_file.read"](path)
+    if data is None:
+        yield f"{path}, the key of repository {number}, is missing; bring the copy of it back"
+        return
+    differences = __salt__["slmdb_file.differences"](path, data, "root", user, "0640")
+    for what, told in differences.items():
+        wrong = f"{what} is {told['old']}, not {told['new']}"
+        yield f"{wrong}; state.apply slm_database.backup mends it"
 
 
 def _answered() -> dict[str, Any]:
@@ -215,15 +234,21 @@ def _free_percent(directory: str) -> float:
     return round(100 * seen.f_bavail / (seen.f_blocks or 1), 1)
 
 
-def _look(directory: str, segment: str | None) -> tuple[bool, float, dict[str, float], bool]:
-    """Read a directory of backups, complete once the manifest is there; and look for a segment."""
+def _look(
+    path: str, directory: str, segment: str | None
+) -> tuple[bool, float, dict[str, float], bool, list[str]]:
+    """
+    Read a directory of backups, complete once the manifest is there; look for a segment, and for
+    what is closed to the server.
+    """
     complete = {}
     for name in os.listdir(directory):
         if LABEL.fullmatch(name):
             with contextlib.suppress(OSError):
                 complete[name] = os.stat(f"{directory}/{name}/backup.manifest").st_mtime
     found = bool(segment and glob.glob(segment))
-    return os.path.exists(f"{directory}/backup.info"), _free_percent(directory), complete, found
+    there, free = os.path.exists(f"{directory}/backup.info"), _free_percent(directory)
+    return there, free, complete, found, __salt__["slmdb_backup_repository.barred"](path)
 
 
 def _pattern(archive: str, segment: str) -> str:
@@ -234,10 +259,11 @@ def _pattern(archive: str, segment: str) -> str:
 def _listed(path: str, runs: dict[str, dict[str, Any]], lacks: str | None) -> dict[str, Any]:
     """What the directories of a repository say; a mount that hangs is as good as none."""
     stanza = __salt__["slmdb_pgbackrest.stanza"]()
-    told = (f"{path}/backup/{stanza}", lacks and _pattern(f"{path}/archive/{stanza}", lacks))
-    patience = max(PATIENCE, __context__.get("slmdb_patience", 0))
+    segment = lacks and _pattern(f"{path}/archive/{stanza}", lacks)
+    told = (path, f"{path}/backup/{stanza}", segment)
+    within, patience = __salt__["slmdb_disk.within"], __context__.get("slmdb_patience", 0)
     try:
-        there, free, complete, found = __salt__["slmdb_disk.within"](patience, path, _look, *told)
+        there, free, complete, found, barred = within(max(PATIENCE, patience), path, _look, *told)
     except OSError:
         return {"there": False}
     last = max(complete, key=lambda name: complete[name], default=None)
@@ -247,6 +273,7 @@ def _listed(path: str, runs: dict[str, dict[str, Any]], lacks: str | None) -> di
         "free_percent": free,
         "last": _last(last, complete[last], runs.get(last, {})) if last else None,
         "lacks": None if found else lacks,
+        "closed": barred,
     }
 
 
@@ -354,6 +381,7 @@ def _judge(
     problems: list[str],
     warnings: list[str],
 ) -> None:
+    problems += found["keys"]
     for part in (
         *(_backup(row, limits, now - began) for row in found["repositories"]),
         _archive(found["wal"], limits),
@@ -405,6 +433,11 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
     asked = row.get("asked_seconds")
     if asked is not None and asked > _limit(limit):
         yield False, f"{name} was asked {_words(asked)} ago; slmdb_backup.info asks it"
+    for path in row["closed"] or ():
+        yield (
+            True,
+            f"{name}: the server cannot use {path}; state.apply slm_database.backup mends it",
+        )
     if row["lacks"]:
         yield (
             True,

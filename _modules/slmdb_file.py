@@ -199,6 +199,37 @@ def keep(path: str, text: str) -> None:
         os.replace(temporary, path)
 
 
+def permits(path: str, user: str, mode: int) -> bool:
+    """
+    Tell whether a file's owner and mode let a user do something with it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.permits /var/lib/pgbackrest postgres 3
+
+    path
+        Absolute path.
+    user
+        The user's name.
+    mode
+        What for, as in one digit of a mode: 4 to read, 2 to write, 1 to enter, or their sum.
+
+    Returns a boolean; what cannot be looked at permits nothing. Raises nothing.
+    """
+    try:
+        account, seen = pwd.getpwnam(user), os.stat(path)
+    except (KeyError, OSError):
+        return False
+    if seen.st_uid == account.pw_uid:
+        bits = seen.st_mode >> 6
+    else:
+        ours = seen.st_gid in os.getgrouplist(user, account.pw_gid)
+        bits = seen.st_mode >> (3 if ours else 0)
+    return bits & mode == mode
+
+
 def stamp(path: str) -> tuple[int, ...] | None:
     """
     Return what changes with a file whatever is done to it.
