@@ -557,9 +557,12 @@ def in_place(
     except CommandExecutionError as err:
         _remove(new, spaces)
         raise CommandExecutionError(_reason(err, chosen)) from None
-    _moved(new, data)
     running = _stopped(found)
     try:
+        if not chosen["ends"]:
+            # Only now all is archived; and in recovery no limit of the instance may be too low.
+            __salt__["slmdb_replay.run"](new)
+        _moved(new, data)
         os.rename(data, kept)
         os.rename(new, data)
         __salt__["slmdb_service.start"]()

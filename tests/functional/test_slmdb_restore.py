@@ -320,6 +320,26 @@ def test_tablespaces_come_back_more_than_once(host):
 
 
 @pytest.mark.once
+def test_a_setting_that_was_lowered_since_the_backup(host, minions):
+    """Recovery would need what the server had then; in place all that was archived comes back."""
+    movable(host)
+    for connections in (137, 37):
+        minions({"slm_database": {"settings": {"max_connections": connections}}})
+        assert host.state("slmdb_config.applied").result is True
+        host.call("slmdb_server.forget")
+        host.call("slmdb_service.stop")
+        host.call("slmdb_service.start")
+        if connections == 137:
+            host.call("slmdb_backup.create")
+    write(host, "with fewer connections")
+    answer = host.call("slmdb_backup.restore", in_place="15/main")
+    assert entries(host) == ["before the backup", "with fewer connections"]
+    assert host.call("slmdb_server.query", "SHOW max_connections")[0]["max_connections"] == "37"
+    assert host.call("slmdb_backup.restore")["gap"] is None
+    assert not Path(f"{answer['kept']}/recovery.signal").exists()
+
+
+@pytest.mark.once
 def test_where_root_owns_what_the_data_lies_in(host):
     """Reading the archived WAL needs no room beside the data."""
     movable(host)
