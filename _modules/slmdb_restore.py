@@ -529,8 +529,9 @@ def in_place(
     time, label, restore_point
         As for ``plan``; none of them: the end of the archived WAL.
 
-    Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and ``kept`` (the directory
-    of the old data). The files are restored before the server is stopped; to a target they are also
+    Returns ``instance``, ``port``, ``target``, ``label``, ``seconds``, ``kept`` (the directory of
+    the old data) and ``secret`` (what to do if a password is not the secret file's any more;
+    ``None``). The files are restored before the server is stopped; to a target they are also
     replayed before, without one all WAL is read. Raises
     ``SaltInvocationError`` for what cannot be; ``CommandExecutionError`` if it fails: the old data
     is back in its place, and the server runs, then.
@@ -578,7 +579,23 @@ def in_place(
         "label": chosen["label"],
         "seconds": round(_clock() - begun, 1),
         "kept": kept,
+        "secret": _secret(),
     }
+
+
+def _secret() -> str | None:
+    """A password that was changed since: the restored server has the one from before."""
+    try:
+        changes = __salt__["slmdb_secret.differences"]()
+    except (CommandExecutionError, SaltInvocationError) as err:
+        return str(err)
+    other = [what for what in changes if "verifier of " in what]
+    return (
+        f"{', '.join(other)}: another password than the secret file's, from before it was changed; "
+        "state.apply slm_database.secret puts it right"
+        if other
+        else None
+    )
 
 
 def _stopped(found: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import psycopg2
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
+from tests.functional.test_slm_database import begin_applied
 from tests.support import backups
 
 TABLE = ("CREATE TABLE log (entry text)", "INSERT INTO log VALUES ('before the backup')")
@@ -337,6 +338,27 @@ def test_a_setting_that_was_lowered_since_the_backup(host, minions):
     assert host.call("slmdb_server.query", "SHOW max_connections")[0]["max_connections"] == "37"
     assert host.call("slmdb_backup.restore")["gap"] is None
     assert not Path(f"{answer['kept']}/recovery.signal").exists()
+
+
+@pytest.mark.once
+def test_a_password_that_was_changed_since_is_told(minions):
+    """The server has the old one again; the answer says what puts it right."""
+    begin_applied(minions)
+    host = minions()
+    host.call("slmdb_service.start")
+    movable(host)
+    host.call("slmdb_backup.create")
+    before = moment(host)
+    assert host.call("slmdb_secret.rotate")["rotated"] is True
+    assert host.call("slmdb_secret.facts")["in_step"] is True
+    host.call("slmdb_backup.settle")
+    line = host.call("slmdb_backup.restore", time=before, in_place="15/main")["secret"]
+    assert line.startswith("verifier of autobot_slm: another password than the secret file's")
+    assert "state.apply slm_database.secret puts it right" in line and "\n" not in line
+    assert host.state("slmdb_secret.present").result is True
+    assert host.call("slmdb_secret.facts")["in_step"] is True
+    assert host.call("slmdb_backup.restore", in_place="15/main")["secret"] is None
+    host.call("slmdb_server.forget")
 
 
 @pytest.mark.once
