@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 TYPES = {"full": "full", "diff": "differential", "incr": "incremental"}
 PATIENCE = 120
+RESTORING = "/var/lib/autobot-slm-database/restore.lock"
 OTHERS = 3600  # seconds for a backup that is being made, before a change
 ARCHIVED = "SELECT EXISTS (SELECT FROM pg_ls_archive_statusdir() WHERE name = %s) AS done"
 
@@ -348,15 +349,17 @@ def restore(
     Without ``time``, ``label`` and ``restore_point`` the end of the archived WAL is restored.
     Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and, beside, ``gap`` (what is
     missing because archived WAL is, or is damaged; ``None``) and ``remove`` (the command that
-    throws it away) or, in place, ``kept`` (the old data). Raises
+    throws it away) or, in place, ``kept`` (the old data), ``kept_tablespaces`` (its tablespaces)
+    and ``secret`` (what to do about a password that was changed since; ``None``). Raises
     ``SaltInvocationError`` for what cannot be reached, with the range that can, and
-    ``CommandExecutionError`` if it fails; what ran before runs then.
+    ``CommandExecutionError`` if it fails, or another restore runs; what ran before runs then.
     """
     _enabled()
     target = {"time": time, "label": label, "restore_point": restore_point}
-    if in_place is not None:
-        return __salt__["slmdb_restore.in_place"](in_place, **target)
-    return __salt__["slmdb_restore.beside"](instance, port, **target)
+    with __salt__["slmdb_file.alone"](RESTORING, "restore"):
+        if in_place is not None:
+            return __salt__["slmdb_restore.in_place"](in_place, **target)
+        return __salt__["slmdb_restore.beside"](instance, port, **target)
 
 
 def dump() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import glob
 import hashlib
 import re
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -298,7 +299,8 @@ def _behind(chosen: dict[str, Any], each: int) -> list[tuple[str, str]]:
 
 def _fetched(segment: str) -> str:
     """The checksum of a segment as a server that asks for it gets it."""
-    scratch = f"{__salt__['slmdb_pgbackrest.work']()}/segment"
+    # A name of its own: another restore may read the same one.
+    scratch = f"{__salt__['slmdb_pgbackrest.work']()}/segment-{secrets.token_hex(8)}"
     try:
         __salt__["slmdb_pgbackrest.run"]("archive-get", segment, scratch)
         data = __salt__["slmdb_file.read"](scratch) or b""

@@ -53,10 +53,10 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
     ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
     ``last``, ``failed``, ``lacks`` (a segment from before it came into use) and ``closed`` (what
-    the server cannot use)), ``keys`` (what is wrong with them), ``wal`` (``archived``,
-    ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``), ``verified``, ``drill``
-    and ``copy`` (as their modules have them). Raises ``CommandExecutionError`` if the settings
-    cannot be told.
+    the server cannot use)), ``keys`` (what is wrong with them), ``aside`` (the data that a restore
+    left there), ``wal`` (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``,
+    ``reason``, ``gap``), ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
+    ``CommandExecutionError`` if the settings cannot be told.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return {"enabled": False}
@@ -67,6 +67,7 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
         "enabled": True,
         "since": _moment(__salt__["slmdb_pgbackrest.since"]()),
         "repositories": [_repository(row, runs) for row in described],
+        "aside": __salt__["slmdb_instance.aside"](),
         "keys": [line for number in encrypted for line in _key(number)],
         "wal": _wal(archiver or {}, runs, logged),
         "verified": _kept(VERIFIED) or None,
@@ -382,6 +383,11 @@ def _judge(
     warnings: list[str],
 ) -> None:
     problems += found["keys"]
+    if found["aside"]:
+        problems.append(
+            f"a restore in place was interrupted, the data is in {found['aside']}: repeat the "
+            "restore, or move it back to where it was and start the server"
+        )
     for part in (
         *(_backup(row, limits, now - began) for row in found["repositories"]),
         _archive(found["wal"], limits),

@@ -222,7 +222,9 @@ def _port(wanted: int | None) -> int:
     raise SaltInvocationError(f"port: {wanted or 'none of the next hundred'} is free; name another")
 
 
-def files(directory: str, chosen: dict[str, Any], archive: bool) -> str | None:
+def files(
+    directory: str, chosen: dict[str, Any], archive: bool, beside: str | None = None
+) -> str | None:
     """
     Restore the files into a directory that is made; nothing is left of it if that fails.
 
@@ -238,12 +240,14 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> str | None:
         What ``plan`` returned.
     archive
         Whether a server on these files shall archive its WAL.
+    beside
+        The path whose name the directory of the tablespaces begins with; ``None``: the same.
 
     Returns the directory of the tablespaces, if there are any. Raises ``CommandExecutionError`` if
     pgBackRest or the disk refuses.
     """
     found = __salt__["slmdb_instance.facts"]()
-    spaces = f"{directory}.tablespaces-{int(_now())}"
+    spaces = f"{beside or directory}.tablespaces-{int(_now())}"
     try:
         for path in (directory, spaces):
             os.mkdir(path, 0o700)
@@ -266,6 +270,11 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> str | None:
         return spaces
     os.rmdir(spaces)
     return None
+
+
+def _tablespaces(data: str) -> list[str]:
+    """Where the tablespaces of a data directory are."""
+    return sorted(os.path.realpath(link) for link in glob.glob(f"{data}/pg_tblspc/*"))
 
 
 def _remove(*paths: str | None) -> None:
@@ -359,7 +368,7 @@ def beside(
     if os.path.exists(directory) or os.path.exists(f"/etc/postgresql/{version}/{instance}"):
         raise SaltInvocationError(
             f"instance: {version}/{instance} exists; name another, or: "
-            f"pg_dropcluster --stop {version} {instance}"
+            + _removal(version, instance, directory, glob.glob(f"{directory}.tablespaces-*"))
         )
     chosen = plan(time, label, restore_point)
     number = _port(port)
@@ -384,9 +393,19 @@ def beside(
         "label": chosen["label"],
         "gap": gap,
         "seconds": round(_clock() - begun, 1),
-        "remove": f"pg_dropcluster --stop {version} {instance}"
-        + (f" && rm -r {spaces}" if spaces else ""),
+        "remove": _removal(version, instance, directory, [spaces] if spaces else []),
     }
+
+
+def _removal(version: str, instance: str, directory: str, spaces: list[str]) -> str:
+    """The command that throws a restored instance away, or what one that was killed left of it."""
+    configuration = f"/etc/postgresql/{version}/{instance}"
+    words = []
+    if os.path.exists(f"{configuration}/postgresql.conf"):
+        words.append(f"pg_dropcluster --stop {version} {instance}")
+    else:
+        spaces = [path for path in (configuration, directory) if os.path.exists(path)] + spaces
+    return " && ".join(words + ([f"rm -r {' '.join(spaces)}"] if spaces else []))
 
 
 def _clock() -> float:
@@ -530,9 +549,9 @@ def in_place(
         As for ``plan``; none of them: the end of the archived WAL.
 
     Returns ``instance``, ``port``, ``target``, ``label``, ``seconds``, ``kept`` (the directory of
-    the old data) and ``secret`` (what to do if a password is not the secret file's any more;
-    ``None``). The files are restored before the server is stopped; to a target they are also
-    replayed before, without one all WAL is read. Raises
+    the old data), ``kept_tablespaces`` (those that go with it) and ``secret`` (what to do if a
+    password is not the secret file's any more; ``None``). The files are restored before the server
+    is stopped; to a target they are also replayed before, without one all WAL is read. Raises
     ``SaltInvocationError`` for what cannot be; ``CommandExecutionError`` if it fails: the old data
     is back in its place, and the server runs, then.
     """
@@ -544,14 +563,15 @@ def in_place(
     _undo_half(data)
     chosen = plan(time, label, restore_point)
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"
-    shutil.rmtree(new, ignore_errors=True)
+    # What one that was killed left.
+    _remove(*(one for one in _tablespaces(new) if one.startswith(f"{data}.tablespaces-")), new)
     refuse = __salt__["slmdb_disk.refuse"]
     refuse(os.path.dirname(data), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
     gap = gap or __salt__["slmdb_backup_gap.damaged"](chosen)
     if gap:
         raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
-    spaces = files(new, chosen, archive=True)
+    spaces = files(new, chosen, archive=True, beside=data)
     try:
         if chosen["ends"]:
             __salt__["slmdb_replay.run"](new)
@@ -579,6 +599,7 @@ def in_place(
         "label": chosen["label"],
         "seconds": round(_clock() - begun, 1),
         "kept": kept,
+        "kept_tablespaces": _tablespaces(kept),
         "secret": _secret(),
     }
 
@@ -611,9 +632,9 @@ def _stopped(found: dict[str, Any]) -> bool:
 
 def _undo_half(data: str) -> None:
     """What was killed between moving the old data away and the new one in."""
-    kept = sorted(glob.glob(f"{data}.before-*"))
-    if kept and not os.path.exists(data):
-        os.rename(kept[-1], data)
+    kept = __salt__["slmdb_instance.aside"]()
+    if kept:
+        os.rename(kept, data)
 
 
 def _moved(new: str, data: str) -> None:

@@ -22,6 +22,7 @@ WELL = {
         | {"backups": None, "failed": None, "lacks": None, "closed": None},
     ],
     "keys": [],
+    "aside": None,
     "wal": {"mode": "on", "waiting_seconds": None, "failing": None, "reason": None, "gap": None},
     "verified": None,
     "copy": {"problem": None},
@@ -62,6 +63,10 @@ def test_well_is_silent(judge):
         ({"repositories__1__last": None}, "repository 2 (s3): no backup yet for"),
         ({"repositories__1__last": {**LAST, "age_seconds": 93601}}, "backup, L, is 26 h old"),
         ({"repositories__0__last": {**LAST, "damaged": True}}, "pages whose checksum is wrong"),
+        (
+            {"aside": "/d.before-1"},
+            "the data is in /d.before-1: repeat the restore, or move it back",
+        ),
         ({"keys": ["/k: mode is 0644"]}, "/k: mode is 0644"),
         ({"repositories__0__closed": ["/r/archive"]}, "the server cannot use /r/archive"),
         ({"repositories__1__lacks": "W"}, "repository 2 (s3) lacks archived WAL up to W"),
