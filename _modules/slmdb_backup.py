@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import datetime
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -34,6 +35,39 @@ def _moment(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def seconds(moment: str) -> float:
+    """
+    Return a moment, as the rows of ``list`` have it, in seconds since the epoch.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.seconds 2026-11-23T20:15:00Z
+
+    moment
+        UTC, with a ``Z`` at its end.
+    """
+    return datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
+
+
+def complete(row: dict[str, Any]) -> float:
+    """
+    Return from when on a backup can be restored, in seconds since the epoch.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.complete '{"stopped": "2026-11-23T20:15:00Z"}'
+
+    row
+        The backup, as ``list`` has it. pgBackRest leaves the parts of a second out: only the next
+        second is surely after its end.
+    """
+    return seconds(row["stopped"]) + 1
 
 
 def _row(found: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +176,6 @@ def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
     number = repository["repository"]
     found = __salt__["slmdb_pgbackrest.info"](timeout, number)
     backups = sorted((_row(one) for one in found["backup"]), key=lambda row: row["stopped"])
-    stops = [one["timestamp"]["stop"] for one in found["backup"]]
     lock = found["status"].get("lock", {}).get("backup", {})
     done, size = lock.get("size-cplt"), lock.get("size")
     archive = found["archive"][-1] if found["archive"] else {}
@@ -157,8 +190,7 @@ def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
         "free_bytes": free(repository["path"]) if repository["local"] else None,
         "backups": len(backups),
         "newest": backups[-1] if backups else None,
-        # pgBackRest leaves the parts of a second out.
-        "earliest": _moment(min(stops) + 1) if stops else None,
+        "earliest": _moment(complete(backups[0])) if backups else None,
         "first_wal": archive.get("min"),
         "last_wal": archive.get("max"),
     }

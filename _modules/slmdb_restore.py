@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -23,7 +23,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 __virtualname__ = "slmdb_restore"
 
 MARGIN = 1.1
-SAME = timedelta(days=1)
+SAME = 86400  # seconds
 # The target in words, pgBackRest's options for it, the backup, and the timeline.
 _Way = tuple[str, list[str], dict[str, Any], dict[str, Any]]
 # What a server in recovery needs to have at least as large as the one that wrote the WAL.
@@ -161,14 +161,14 @@ def _labelled(rows: list[dict[str, Any]], label: str) -> dict[str, Any]:
 
 def _newest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The newest; one of a nearer repository is as good if it is of the same day."""
-    last = max(_utc(row["stopped"]) for row in rows)
-    recent = [row for row in rows if last - _utc(row["stopped"]) <= SAME]
+    stopped = {row["stopped"]: __salt__["slmdb_backup.seconds"](row["stopped"]) for row in rows}
+    recent = [row for row in rows if max(stopped.values()) - stopped[row["stopped"]] <= SAME]
     return max(recent, key=lambda row: (-row["repository"], row["stopped"], row["label"]))
 
 
 def _complete(row: dict[str, Any]) -> datetime:
-    """From when on a backup can be restored; pgBackRest leaves the parts of a second out."""
-    return _utc(row["stopped"]) + timedelta(seconds=1)
+    """From when on a backup can be restored."""
+    return datetime.fromtimestamp(__salt__["slmdb_backup.complete"](row), timezone.utc)
 
 
 def _before(
@@ -204,7 +204,9 @@ def _before_point(
     leading = __salt__["slmdb_timeline.leading"](rows, way)
     with contextlib.suppress(ValueError):
         made = datetime.strptime(name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
-        leading = [row for row in leading if _utc(row["stopped"]) <= made] or leading
+        stopped = __salt__["slmdb_backup.seconds"]
+        before = [row for row in leading if stopped(row["stopped"]) <= made.timestamp()]
+        leading = before or leading
     return _newest(leading)
 
 
