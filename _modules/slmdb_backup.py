@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import datetime
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 TYPES = {"full": "full", "diff": "differential", "incr": "incremental"}
 PATIENCE = 120
+RESTORING = "/var/lib/autobot-slm-database/restore.lock"
 OTHERS = 3600  # seconds for a backup that is being made, before a change
 ARCHIVED = "SELECT EXISTS (SELECT FROM pg_ls_archive_statusdir() WHERE name = %s) AS done"
 
@@ -34,6 +36,39 @@ def _moment(seconds: float | None) -> str | None:
     if seconds is None:
         return None
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def seconds(moment: str) -> float:
+    """
+    Return a moment, as the rows of ``list`` have it, in seconds since the epoch.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.seconds 2026-11-23T20:15:00Z
+
+    moment
+        UTC, with a ``Z`` at its end.
+    """
+    return datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
+
+
+def complete(row: dict[str, Any]) -> float:
+    """
+    Return from when on a backup can be restored, in seconds since the epoch.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup.complete '{"stopped": "2026-11-23T20:15:00Z"}'
+
+    row
+        The backup, as ``list`` has it. pgBackRest leaves the parts of a second out: only the next
+        second is surely after its end.
+    """
+    return seconds(row["stopped"]) + 1
 
 
 def _row(found: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +177,6 @@ def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
     number = repository["repository"]
     found = __salt__["slmdb_pgbackrest.info"](timeout, number)
     backups = sorted((_row(one) for one in found["backup"]), key=lambda row: row["stopped"])
-    stops = [one["timestamp"]["stop"] for one in found["backup"]]
     lock = found["status"].get("lock", {}).get("backup", {})
     done, size = lock.get("size-cplt"), lock.get("size")
     archive = found["archive"][-1] if found["archive"] else {}
@@ -157,8 +191,7 @@ def _about(repository: dict[str, Any], timeout: float | None) -> dict[str, Any]:
         "free_bytes": free(repository["path"]) if repository["local"] else None,
         "backups": len(backups),
         "newest": backups[-1] if backups else None,
-        # pgBackRest leaves the parts of a second out.
-        "earliest": _moment(min(stops) + 1) if stops else None,
+        "earliest": _moment(complete(backups[0])) if backups else None,
         "first_wal": archive.get("min"),
         "last_wal": archive.get("max"),
     }
@@ -349,15 +382,17 @@ def restore(
     Without ``time``, ``label`` and ``restore_point`` the end of the archived WAL is restored.
     Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and, beside, ``gap`` (what is
     missing because archived WAL is, or is damaged; ``None``) and ``remove`` (the command that
-    throws it away) or, in place, ``kept`` (the old data). Raises
+    throws it away) or, in place, ``kept`` (the old data), ``kept_tablespaces`` (its tablespaces)
+    and ``secret`` (what to do about a password that was changed since; ``None``). Raises
     ``SaltInvocationError`` for what cannot be reached, with the range that can, and
-    ``CommandExecutionError`` if it fails; what ran before runs then.
+    ``CommandExecutionError`` if it fails, or another restore runs; what ran before runs then.
     """
     _enabled()
     target = {"time": time, "label": label, "restore_point": restore_point}
-    if in_place is not None:
-        return __salt__["slmdb_restore.in_place"](in_place, **target)
-    return __salt__["slmdb_restore.beside"](instance, port, **target)
+    with __salt__["slmdb_file.alone"](RESTORING, "restore"):
+        if in_place is not None:
+            return __salt__["slmdb_restore.in_place"](in_place, **target)
+        return __salt__["slmdb_restore.beside"](instance, port, **target)
 
 
 def dump() -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from datetime import datetime
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -86,9 +85,8 @@ def create(wanted: str, everywhere: bool = True, wait: float = 0) -> dict[str, A
 
 
 def _pass_its_second(row: dict[str, Any]) -> None:
-    """pgBackRest leaves the parts of a second out: only the next one is surely after a backup."""
-    stopped = datetime.fromisoformat(row["stopped"].replace("Z", "+00:00"))
-    time.sleep(min(1, max(0, stopped.timestamp() + 1 - time.time())))
+    """So that any moment from now on can be restored."""
+    time.sleep(min(1, max(0, __salt__["slmdb_backup.complete"](row) - time.time())))
 
 
 def _one(repository: dict[str, Any], wanted: str, wait: float) -> dict[str, Any]:

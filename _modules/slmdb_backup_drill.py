@@ -7,7 +7,6 @@ The source is read, and gets one empty transaction as a marker, which leaves not
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -109,26 +108,13 @@ def _remember(answer: dict[str, Any]) -> None:
     __salt__["slmdb_file.write"](RECORD, text.encode(), mode="0640")
 
 
-def _hold(lock: Any) -> None:
-    """Take the lock; a drill that was killed may take a while to be gone, at its priority."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                words = "another drill runs; wait until it is over"
-                raise CommandExecutionError(words) from None
-        time.sleep(0.1)
-
-
 @contextlib.contextmanager
 def _alone(directory: str) -> Iterator[None]:
-    """One drill at a time; what a killed one left is thrown away first."""
-    os.makedirs(os.path.dirname(LOCK), exist_ok=True)
-    with open(os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as lock:
-        _hold(lock)
+    """
+    One drill at a time; what a killed one left is thrown away first, which may take a while to be
+    gone, at its priority.
+    """
+    with __salt__["slmdb_file.alone"](LOCK, "drill", PATIENCE) as lock:
         discard = __salt__["slmdb_backup_scratch.discard"]
         for path in sorted({lock.read().strip(), directory} - {""}):
             discard(path)

@@ -7,13 +7,10 @@ to root, so that the server's user, who reads them, cannot put links in our way.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +20,7 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb_backup_dump"
 
 NAME = re.compile(r"\d{8}T\d{6}Z")
+LOCK = "/var/lib/autobot-slm-database/dump.lock"
 UNFINISHED = ".unfinished-"
 GLOBALS = "globals.sql"
 LOW_PRIORITY = ["nice", "-n", "15", "ionice", "-c", "3"]
@@ -112,7 +110,7 @@ def create() -> dict[str, Any]:
     begun = time.monotonic()
     databases = _databases()
     _make_directory()
-    with _locked():
+    with __salt__["slmdb_file.alone"](LOCK, "dump"):
         _sweep()
         _refuse_without_room(databases)
         name = _free_name()
@@ -151,19 +149,6 @@ def _make_directory() -> None:
         raise CommandExecutionError(
             f"slm_database:backup:dump:path: {_path()} cannot be made: {err.strerror}"
         ) from err
-
-
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-    """Hold the directory itself: nothing is left behind, and a killed run lets go of it."""
-    handle = os.open(_path(), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise CommandExecutionError("another dump is running; wait for it") from None
-    finally:
-        os.close(handle)
 
 
 def _sweep() -> None:

@@ -10,6 +10,8 @@ import contextlib
 import glob
 import hashlib
 import re
+import secrets
+from collections.abc import Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -31,6 +33,11 @@ SELECT pg_last_wal_replay_lsn()::text AS lsn,
 USUAL = 1 << 24  # bytes of a segment, unless initdb was told otherwise
 _SEGMENT = re.compile(r"^.*/([0-9A-F]{24})-([0-9a-f]{40})", re.MULTILINE)
 SIZE = "SELECT setting::bigint AS bytes FROM pg_settings WHERE name = 'wal_segment_size'"
+# The first segment that was not archived yet; what waits was written before what is written.
+NEXT = """
+SELECT coalesce(min(left(name, 24)), pg_walfile_name(pg_current_wal_insert_lsn())) AS wal
+  FROM pg_ls_archive_statusdir() WHERE name ~ '^[0-9A-F]{24}[.]ready$'
+"""
 
 
 def __virtual__() -> str:
@@ -39,12 +46,17 @@ def __virtual__() -> str:
 
 def _archived() -> list[tuple[str, str]]:
     """Every archived segment with its checksum, wherever it is; a dead repository has none."""
-    stanza, found = __salt__["slmdb_pgbackrest.stanza"](), []
+    found = []
     for number in __salt__["slmdb_pgbackrest.repositories"]():
-        words = ("repo-ls", f"--repo={number}", "--recurse", f"archive/{stanza}")
         with contextlib.suppress(CommandExecutionError):
-            found += _SEGMENT.findall(__salt__["slmdb_pgbackrest.run"](*words))
+            found += _archived_in(number)
     return sorted(found)
+
+
+def _archived_in(number: int) -> list[tuple[str, str]]:
+    stanza = __salt__["slmdb_pgbackrest.stanza"]()
+    words = ("repo-ls", f"--repo={number}", "--recurse", f"archive/{stanza}")
+    return _SEGMENT.findall(__salt__["slmdb_pgbackrest.run"](*words))
 
 
 def first(begin: str, end: str) -> str | None:
@@ -63,16 +75,47 @@ def first(begin: str, end: str) -> str | None:
     Returns its name; ``None`` if there is no gap. Raises ``CommandExecutionError`` if the server,
     which knows how large a segment is, does not answer.
     """
-    each = LOG // __salt__["slmdb_server.query"](SIZE)[0]["bytes"]
-    held, timeline = {segment for segment, _ in _archived()}, end[:8]
+    return next(_missing(begin, end, _each(), _archived()), None)
+
+
+def _each() -> int:
+    """How many segments share the middle eight digits of their names."""
+    return LOG // __salt__["slmdb_server.query"](SIZE)[0]["bytes"]
+
+
+def _missing(begin: str, end: str, each: int, archived: list[tuple[str, str]]) -> Iterator[str]:
+    held, timeline = {segment for segment, _ in archived}, end[:8]
     if begin[:8] != timeline:
         # Which timeline a segment belongs to only its history tells; one of that place will do.
         held = {timeline + name[8:] for name in held}
     for number in range(_number(begin, each), _number(end, each) + 1):
         name = _named(timeline, number, each)
         if name not in held:
-            return name
-    return None
+            yield name
+
+
+def before(number: int) -> str | None:
+    """
+    Name the last segment that a repository lacks between its newest backup and what it gets next.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_gap.before 1
+
+    number
+        The repository: one that WAL comes to again, or that was copied before.
+
+    Returns its name; ``None`` if none lacks, or there is no backup. Raises
+    ``CommandExecutionError`` if the server or the repository does not answer.
+    """
+    rows = __salt__["slmdb_backup.rows"](number)
+    if not rows:
+        return None
+    each, upcoming = _each(), __salt__["slmdb_server.query"](NEXT)[0]["wal"]
+    end = _named(upcoming[:8], max(_number(upcoming, each) - 1, 0), each)
+    return max(_missing(rows[-1]["wal"][0], end, each, _archived_in(number)), default=None)
 
 
 def _named(timeline: str, number: int, each: int) -> str:
@@ -257,7 +300,8 @@ def _behind(chosen: dict[str, Any], each: int) -> list[tuple[str, str]]:
 
 def _fetched(segment: str) -> str:
     """The checksum of a segment as a server that asks for it gets it."""
-    scratch = f"{__salt__['slmdb_pgbackrest.work']()}/segment"
+    # A name of its own: another restore may read the same one.
+    scratch = f"{__salt__['slmdb_pgbackrest.work']()}/segment-{secrets.token_hex(8)}"
     try:
         __salt__["slmdb_pgbackrest.run"]("archive-get", segment, scratch)
         data = __salt__["slmdb_file.read"](scratch) or b""

@@ -9,6 +9,7 @@ last, and when.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -21,9 +22,9 @@ from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_backup_health"
 
-SINCE = "/var/lib/autobot-slm-database/backups-since"
 VERIFIED = "/var/lib/autobot-slm-database/verified.json"
 ANSWERED = "/var/lib/autobot-slm-database/repository-2.json"
+HELD = "/var/lib/autobot-slm-database/repositories.json"
 # As much of a log as a week of backups, or a night of failures, writes.
 TAIL = 256 * 1024
 PATIENCE = 0.5  # seconds for a repository's disk, more if the report's own time is a long one
@@ -53,21 +54,25 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
 
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
     ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
-    ``last`` and ``failed``), ``wal``
-    (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``),
-    ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
+    ``last``, ``failed``, ``lacks`` (a segment from before it came into use) and ``closed`` (what
+    the server cannot use)), ``keys`` (what is wrong with them), ``aside`` (the data that a restore
+    left there), ``wal`` (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``,
+    ``reason``, ``gap``), ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
     ``CommandExecutionError`` if the settings cannot be told.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return {"enabled": False}
     runs, described = _runs(), __salt__["slmdb_backup_repository.described"]()
+    encrypted = __salt__["slmdb_backup_repository.encrypted"]()
     logged = [row["repository"] for row in described if row["type"] != "host"]
     return {
         "enabled": True,
-        "since": _moment(_since()),
+        "since": _moment(__salt__["slmdb_pgbackrest.since"]()),
         "repositories": [_repository(row, runs) for row in described],
+        "aside": __salt__["slmdb_instance.aside"](),
+        "keys": [line for number in encrypted for line in _key(number)],
         "wal": _wal(archiver or {}, runs, logged),
-        "verified": _verified(),
+        "verified": _kept(VERIFIED) or None,
         "drill": __salt__["slmdb_backup_drill.last"](),
         "copy": __salt__["slmdb_backup_copy.state"](),
     }
@@ -77,12 +82,13 @@ def _moment(seconds: float | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _since() -> float | None:
-    """When the first apply with backups was."""
+def _kept(path: str) -> dict[str, Any]:
+    """What was written down on this host; nothing if it cannot be read."""
     try:
-        return float(__salt__["slmdb_file.read"](SINCE) or b"")
+        kept = json.loads(__salt__["slmdb_file.read"](path) or b"{}")
     except ValueError:
-        return None
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _tail(path: str) -> str:
@@ -134,10 +140,10 @@ def _repository(row: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
     number = row["repository"]
     ours = [run for run in runs if run["repository"] == number and "at" in run]
     made = [run for run in ours if run["done"] and "label" in run]
-    known = ("there", "backups", "free_percent", "last", "failed")
-    answer = {**row, **dict.fromkeys(known)}
+    known = ("there", "backups", "free_percent", "last", "failed", "closed")
+    answer = {**row, **dict.fromkeys(known), "lacks": _lacks(row, runs)}
     if row["local"]:
-        answer.update(_listed(row["path"], {run["label"]: run for run in made}))
+        answer.update(_listed(row["path"], {run["label"]: run for run in made}, answer["lacks"]))
     elif row["type"] == "host":
         answer.update(_answered())
     elif made:
@@ -148,12 +154,43 @@ def _repository(row: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
     return answer
 
 
+def _lacks(row: dict[str, Any], runs: list[dict[str, Any]]) -> str | None:
+    """The last segment that was not archived there, if no later backup makes up for it."""
+    kept, number = _kept(HELD).get(str(row["repository"]), {}), row["repository"]
+    if not kept.get("lacks") or kept["where"] != row["where"]:
+        return None
+    begun = _kept(ANSWERED).get("wal") if row["type"] == "host" else _covered(runs).get(number)
+    return kept["lacks"] if (begun or "") <= kept["lacks"] else None
+
+
+def _covered(runs: list[dict[str, Any]]) -> dict[int, str]:
+    """By repository the segment with which its newest backup begins."""
+    covered: dict[int, str] = {}
+    for run in runs:
+        if run["done"] and "wal" in run:
+            covered[run["repository"]] = max(run["wal"], covered.get(run["repository"], ""))
+    return covered
+
+
+def _key(number: int) -> Iterator[str]:
+    """What is wrong with the file of a repository's key; its content is nobody's business."""
+    path, user = (
+        __salt__["slmdb_pgbackrest.key"](number),
+        __salt__["slmdb_instance.facts"]()["user"],
+    )
+    data = __salt__["slmdb_file.read"](path)
+    if data is None:
+        yield f"{path}, the key of repository {number}, is missing; bring the copy of it back"
+        return
+    differences = __salt__["slmdb_file.differences"](path, data, "root", user, "0640")
+    for what, told in differences.items():
+        wrong = f"{what} is {told['old']}, not {told['new']}"
+        yield f"{wrong}; state.apply slm_database.backup mends it"
+
+
 def _answered() -> dict[str, Any]:
     """What a repository host said when it was asked last; it makes its backups itself."""
-    try:
-        told = json.loads(__salt__["slmdb_file.read"](ANSWERED) or b"null")
-    except ValueError:
-        told = None
+    told = _kept(ANSWERED)
     if not told:
         return {}
     return {
@@ -180,6 +217,7 @@ def answered(backups: list[dict[str, Any]]) -> None:
         "asked": time.time(),
         "label": last["label"] if last else None,
         "at": last["timestamp"]["stop"] if last else None,
+        "wal": last["archive"]["start"] if last else None,
         "damaged": bool(last and last.get("error")),
     }
     __salt__["slmdb_file.write"](ANSWERED, (json.dumps(told) + "\n").encode(), mode="0640")
@@ -199,22 +237,36 @@ def _free_percent(directory: str) -> float:
     return round(100 * seen.f_bavail / (seen.f_blocks or 1), 1)
 
 
-def _look(directory: str) -> tuple[bool, float, dict[str, float]]:
-    """Read a directory of backups; one is complete once its manifest is there."""
+def _look(
+    path: str, directory: str, segment: str | None
+) -> tuple[bool, float, dict[str, float], bool, list[str]]:
+    """
+    Read a directory of backups, complete once the manifest is there; look for a segment, and for
+    what is closed to the server.
+    """
     complete = {}
     for name in os.listdir(directory):
         if LABEL.fullmatch(name):
             with contextlib.suppress(OSError):
                 complete[name] = os.stat(f"{directory}/{name}/backup.manifest").st_mtime
-    return os.path.exists(f"{directory}/backup.info"), _free_percent(directory), complete
+    found = bool(segment and glob.glob(segment))
+    there, free = os.path.exists(f"{directory}/backup.info"), _free_percent(directory)
+    return there, free, complete, found, __salt__["slmdb_backup_repository.barred"](path)
 
 
-def _listed(path: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _pattern(archive: str, segment: str) -> str:
+    """Where a segment is, on whichever timeline."""
+    return f"{glob.escape(archive)}/*/????????{segment[8:16]}/????????{segment[8:]}-*"
+
+
+def _listed(path: str, runs: dict[str, dict[str, Any]], lacks: str | None) -> dict[str, Any]:
     """What the directories of a repository say; a mount that hangs is as good as none."""
-    directory = f"{path}/backup/{__salt__['slmdb_pgbackrest.stanza']()}"
-    patience = max(PATIENCE, __context__.get("slmdb_patience", 0))
+    stanza = __salt__["slmdb_pgbackrest.stanza"]()
+    segment = lacks and _pattern(f"{path}/archive/{stanza}", lacks)
+    told = (path, f"{path}/backup/{stanza}", segment)
+    within, patience = __salt__["slmdb_disk.within"], __context__.get("slmdb_patience", 0)
     try:
-        there, free, complete = __salt__["slmdb_disk.within"](patience, path, _look, directory)
+        there, free, complete, found, barred = within(max(PATIENCE, patience), path, _look, *told)
     except OSError:
         return {"there": False}
     last = max(complete, key=lambda name: complete[name], default=None)
@@ -223,6 +275,8 @@ def _listed(path: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "backups": len(complete),
         "free_percent": free,
         "last": _last(last, complete[last], runs.get(last, {})) if last else None,
+        "lacks": None if found else lacks,
+        "closed": barred,
     }
 
 
@@ -234,11 +288,7 @@ def _wal(
     failing = failed is not None and (archived is None or failed > archived)
     text = _tail(f"{__salt__['slmdb_pgbackrest.logs']()}-archive-push.log")
     dropped, reasons = _DROPPED.findall(text), __salt__["slmdb_pgbackrest.errors"](text)
-    covered: dict[int, str] = {}
-    for run in runs:
-        if run["done"] and "wal" in run:
-            covered[run["repository"]] = max(run["wal"], covered.get(run["repository"], ""))
-    gap = max(dropped, default=None)
+    covered, gap = _covered(runs), max(dropped, default=None)
     bare = [number for number in numbers if covered.get(number, "") <= (gap or "")]
     return {
         "mode": archiver.get("mode"),
@@ -274,13 +324,6 @@ def _waiting() -> int | None:
     except OSError:
         return None
     return max(int(time.time() - min(moments)), 0) if moments else None
-
-
-def _verified() -> dict[str, Any] | None:
-    try:
-        return json.loads(__salt__["slmdb_file.read"](VERIFIED) or b"null")
-    except ValueError:
-        return None
 
 
 def verified(problems: list[str]) -> None:
@@ -341,6 +384,12 @@ def _judge(
     problems: list[str],
     warnings: list[str],
 ) -> None:
+    problems += found["keys"]
+    if found["aside"]:
+        problems.append(
+            f"a restore in place was interrupted, the data is in {found['aside']}: repeat the "
+            "restore, or move it back to where it was and start the server"
+        )
     for part in (
         *(_backup(row, limits, now - began) for row in found["repositories"]),
         _archive(found["wal"], limits),
@@ -392,6 +441,17 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
     asked = row.get("asked_seconds")
     if asked is not None and asked > _limit(limit):
         yield False, f"{name} was asked {_words(asked)} ago; slmdb_backup.info asks it"
+    for path in row["closed"] or ():
+        yield (
+            True,
+            f"{name}: the server cannot use {path}; state.apply slm_database.backup mends it",
+        )
+    if row["lacks"]:
+        yield (
+            True,
+            f"{name} lacks archived WAL up to {row['lacks']}, from when it was not in use; nothing "
+            "after it can be restored from there until slmdb_backup.create",
+        )
     if last and last["damaged"]:
         yield True, f"{name}: backup {last['label']} holds pages whose checksum is wrong"
     free = row.get("free_percent")

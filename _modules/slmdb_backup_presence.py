@@ -3,11 +3,13 @@ Which repositories held our backups: one that holds nothing any more is not sile
 
 A mount that is missing leaves an empty directory, which looks like a first installation. What was
 there is remembered on the host, so that the difference is seen; at a first installation the host's
-table of mounts says at least which are missing.
+table of mounts says at least which are missing. Remembered is also since when each gets the WAL,
+and what it lacks from before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -36,14 +38,21 @@ def _remembered() -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def _own(row: dict[str, Any]) -> dict[str, str]:
+def _own(row: dict[str, Any]) -> dict[str, Any]:
     """A repository in another place, or of another instance, is another one."""
     system = __salt__["slmdb_instance.system_identifier"]()
     return {"where": row["where"], "system": str(system)}
 
 
 def _held(row: dict[str, Any]) -> bool:
-    return _remembered().get(str(row["repository"])) == _own(row)
+    kept = _remembered().get(str(row["repository"]), {})
+    return kept.items() >= _own(row).items()
+
+
+def _served(row: dict[str, Any]) -> bool:
+    """Whether it was in pillar ever since backups are on: only then it got all WAL."""
+    kept = _remembered().get(str(row["repository"]), {})
+    return _held(row) and kept.get("since") == __salt__["slmdb_pgbackrest.since"]()
 
 
 def there(row: dict[str, Any]) -> bool:
@@ -193,16 +202,21 @@ def differences() -> dict[str, Any]:
     Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
     ``CommandExecutionError`` if the settings cannot be told.
     """
-    rows = __salt__["slmdb_backup_repository.described"]()
-    if all(_held(row) for row in rows):
+    rows, since = _rows(), __salt__["slmdb_pgbackrest.since"]()
+    served = [one["where"] for one in _remembered().values() if since and one.get("since") == since]
+    if all(_served(row) for row in rows) and len(served) == len(rows):
         return {}
-    old = "other repositories" if _remembered() else None
-    return {RECORD: {"old": old, "new": ", ".join(row["where"] for row in rows)}}
+    new = ", ".join(row["where"] for row in rows)
+    return {RECORD: {"old": ", ".join(sorted(served)) or None, "new": new}}
+
+
+def _rows() -> list[dict[str, Any]]:
+    return __salt__["slmdb_backup_repository.described"]()
 
 
 def remember() -> None:
     """
-    Remember the repositories that know our stanza now.
+    Remember the repositories that know our stanza now, and what those that are back lack.
 
     CLI Example:
 
@@ -212,9 +226,17 @@ def remember() -> None:
 
     Raises ``CommandExecutionError`` if it cannot be written.
     """
-    before = _remembered()
-    rows = __salt__["slmdb_backup_repository.described"]()
-    found = {str(row["repository"]): _own(row) for row in rows if there(row)}
-    if {**before, **found} != before:
-        text = json.dumps({**before, **found}, indent=1, sort_keys=True) + "\n"
+    before, rows = _remembered(), _rows()
+    since = __salt__["slmdb_pgbackrest.since"]()
+    found = {number: {**kept, "since": None} for number, kept in before.items()}
+    for row in rows:
+        number = str(row["repository"])
+        if _served(row):
+            found[number] = before[number]
+        elif there(row):
+            with contextlib.suppress(CommandExecutionError):  # else the next run does it
+                lacks = __salt__["slmdb_backup_gap.before"](row["repository"])
+                found[number] = {**_own(row), "since": since, "lacks": lacks}
+    if found != before:
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
         __salt__["slmdb_file.write"](RECORD, text.encode(), mode="0640")

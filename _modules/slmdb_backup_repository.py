@@ -107,6 +107,30 @@ def info_files(path: str) -> list[str]:
     return [os.path.join(path, name.format(stanza)) for name in INFO]
 
 
+def barred(path: str) -> list[str]:
+    """
+    Name the directories of a repository of this host that the server's user cannot use.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_repository.barred /var/lib/pgbackrest
+
+    path
+        The repository's directory.
+
+    Returns paths, from the top down; empty if there is no repository. Raises
+    ``CommandExecutionError`` if the instance's facts cannot be told.
+    """
+    user, permits = __salt__["slmdb_instance.facts"]()["user"], __salt__["slmdb_file.permits"]
+    wanted: dict[str, int] = {}
+    for place in (os.path.dirname(info) for info in info_files(path)):
+        # To enter what is above, to write where pgBackRest does.
+        wanted |= {path: 1, os.path.dirname(place): 1, place: 3}
+    return [one for one in wanted if os.path.isdir(one) and not permits(one, user, wanted[one])]
+
+
 def _where(second: dict[str, Any]) -> str:
     path = second["path"] or ""
     if second["type"] == "path":

@@ -5,13 +5,16 @@ Files, written so that a kill at any moment leaves the old one or the new one, w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import hashlib
 import os
 import pwd
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
 from salt.exceptions import CommandExecutionError
 from salt.loader.dunder import __opts__
@@ -198,6 +201,79 @@ def keep(path: str, text: str) -> None:
         with open(temporary, "w", encoding="utf-8") as stream:
             stream.write(text)
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def alone(path: str, what: str, patience: float = 0) -> Iterator[TextIO]:
+    """
+    Hold a lock file: one at a time, whoever calls; who is killed lets go of it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.stamp /var/lib/autobot-slm-database/maintenance.lock
+
+    path
+        Absolute path of the file; it is made, and stays.
+    what
+        What is done once at a time, in words. The other one's process is named if it wrote that
+        into the file.
+    patience
+        Seconds to wait for another one.
+
+    Gives the open file, with what the last one wrote. Raises ``CommandExecutionError`` if another
+    one holds it.
+    """
+    deadline = time.monotonic() + patience
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as lock:
+        while not _taken(lock):
+            if time.monotonic() > deadline:
+                told = lock.read().strip()
+                process = f", process {told}" if told.isdigit() else ""
+                raise CommandExecutionError(f"another {what} runs{process}; wait until it is over")
+            time.sleep(0.1)
+        yield lock
+
+
+def _taken(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def permits(path: str, user: str, mode: int) -> bool:
+    """
+    Tell whether a file's owner and mode let a user do something with it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.permits /var/lib/pgbackrest postgres 3
+
+    path
+        Absolute path.
+    user
+        The user's name.
+    mode
+        What for, as in one digit of a mode: 4 to read, 2 to write, 1 to enter, or their sum.
+
+    Returns a boolean; what cannot be looked at permits nothing. Raises nothing.
+    """
+    try:
+        account, seen = pwd.getpwnam(user), os.stat(path)
+    except (KeyError, OSError):
+        return False
+    if seen.st_uid == account.pw_uid:
+        bits = seen.st_mode >> 6
+    else:
+        ours = seen.st_gid in os.getgrouplist(user, account.pw_gid)
+        bits = seen.st_mode >> (3 if ours else 0)
+    return bits & mode == mode
 
 
 def stamp(path: str) -> tuple[int, ...] | None:

@@ -4,6 +4,7 @@ The one PostgreSQL instance: where it is, whether it runs, and how it comes to b
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -436,9 +437,11 @@ def _unusable(found: dict[str, Any]) -> str | None:
     if found["exists"]:
         if os.path.isfile(os.path.join(data, "PG_VERSION")):
             return None
+        kept = aside()
+        back = f"mv {kept} {data}" if kept else "bring the data back"
         return (
             f"instance {found['version']}/{NAME}: {found['config_directory']} exists but {data} "
-            f"holds no data; bring the data back, or pg_dropcluster {found['version']} {NAME}"
+            f"holds no data; {back}, or pg_dropcluster {found['version']} {NAME}"
         )
     if os.path.isdir(data) and os.listdir(data):
         return (
@@ -447,6 +450,24 @@ def _unusable(found: dict[str, Any]) -> str | None:
             "back, or move the data away"
         )
     return None
+
+
+def aside() -> str | None:
+    """
+    Name the data that a restore in place moved aside before it was killed.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.aside
+
+    Returns its directory; ``None`` if the data directory is in its place, or nothing was moved.
+    Raises ``CommandExecutionError`` as ``facts`` does.
+    """
+    data = facts()["data_directory"]
+    kept = [] if os.path.exists(data) else sorted(glob.glob(f"{glob.escape(data)}.before-*"))
+    return kept[-1] if kept else None
 
 
 def differences() -> dict:

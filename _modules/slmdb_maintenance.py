@@ -5,7 +5,6 @@ A maintenance: everything that is parked, done in one go, each step only after t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import threading
@@ -282,14 +281,7 @@ def _do(job: dict[str, Any], step: str) -> bool:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """One maintenance at a time: Salt itself sees only the runs of its own cache directory."""
-    os.makedirs(os.path.dirname(LOCK), exist_ok=True)
-    with open(os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CommandExecutionError(
-                f"another maintenance runs, process {lock.read().strip()}; wait until it is over"
-            ) from None
+    with __salt__["slmdb_file.alone"](LOCK, "maintenance") as lock:
         lock.truncate()
         lock.write(f"{os.getpid()}\n")
         lock.flush()

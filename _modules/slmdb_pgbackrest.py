@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import secrets
 import shutil
@@ -148,6 +149,25 @@ def logs() -> str:
     return f"{LOGS}/{STANZA}"
 
 
+def since() -> float | None:
+    """
+    Return when the first apply with backups on was, in seconds since the epoch.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.since
+
+    Returns ``None`` if there was none, or they were switched off after it. Raises
+    ``CommandExecutionError`` if it cannot be read.
+    """
+    try:
+        return float(__salt__["slmdb_file.read"](SINCE) or b"")
+    except ValueError:
+        return None
+
+
 def repositories() -> list[int]:
     """
     Return the numbers of the configured repositories, as pgBackRest counts them.
@@ -247,6 +267,8 @@ def differences() -> dict[str, Any]:
     __salt__["slmdb_backup_repository.refuse_old"]()
     __salt__["slmdb_backup_presence.refuse_lost"]()
     changes: dict[str, Any] = {} if since else {SINCE: {"old": None, "new": "present"}}
+    for path in _barred():
+        changes[path] = {"old": "closed to the server", "new": "the server's"}
     for path, (owner, *_) in _directories().items():
         if not os.path.isdir(path):
             changes[path] = {"old": None, "new": "a directory"}
@@ -276,6 +298,8 @@ def apply() -> None:
         __salt__["slmdb_file.remove"](SINCE)
         return
     user = __salt__["slmdb_instance.facts"]()["user"]
+    for path in _barred():
+        _give(path, user)
     for path, (owner, group, mode) in _directories().items():
         if not os.path.isdir(path) or _another_owner(path, owner):
             _make(path, owner, group, mode)
@@ -295,6 +319,26 @@ def _another_owner(path: str, owner: str) -> str | None:
         return before if before != owner and set(os.listdir(path)) <= {"lost+found"} else None
     except OSError:
         return None
+
+
+def _barred() -> list[str]:
+    """Directories of repositories of this host that the server cannot use, as after a copy."""
+    rows = __salt__["slmdb_backup_repository.described"]()
+    barred = __salt__["slmdb_backup_repository.barred"]
+    return [path for row in rows if row["local"] for path in barred(row["path"])]
+
+
+def _give(path: str, user: str) -> None:
+    """What is below goes along only if all of it is our stanza's."""
+    below = os.walk(path) if os.path.basename(path) == STANZA else [(path, [], [])]
+    account = pwd.getpwnam(user)
+    try:
+        for place, _, names in below:
+            os.chmod(place, os.stat(place).st_mode | 0o700)
+            for one in (place, *(os.path.join(place, name) for name in names)):
+                os.chown(one, account.pw_uid, account.pw_gid, follow_symlinks=False)
+    except OSError as err:
+        raise CommandExecutionError(f"{path}: cannot be given to {user}: {err.strerror}") from err
 
 
 def _make(path: str, owner: str, group: str, mode: int) -> None:
@@ -393,7 +437,9 @@ def _why(text: str, options: Sequence[str]) -> str:
     reasons = [cause[1]] if cause else errors(text)
     # What another key makes of a file is noise, and now and then no text at all.
     if re.search("cipher|decrypt|flush|\N{REPLACEMENT CHARACTER}", text):
-        return f"the repository cannot be read: {path} is not the key that it was made with"
+        wrong = "is not the key that it was made with"
+        missing = "is missing, which is its key; bring the copy of it back"
+        return f"the repository cannot be read: {path} {wrong if os.path.exists(path) else missing}"
     return (reasons or text.strip().splitlines()[-1:] or ["no output"])[0]
 
 

@@ -21,9 +21,10 @@ INSTALLED = f"{DIRECTORY}/installed"
 # from a time when pillar named another place, a copy for another host.
 FILES = re.compile(
     r"(settings|pending|copy|drill|packages|holds|recovery|verified|repositories|repository-2)\.json"
-    r"|installed|(drill|maintenance)\.lock|initialize\.begun|logins\.seen|backups-since"
+    r"|installed|(drill|dump|maintenance|restore)\.lock|initialize\.begun|logins\.seen|backups-since"
     r"|last-good/(conf|hba|ident)|original/[^/]+\.conf"
     r"|pgbackrest/lock/[^/]+\.(lock|stop)|pgbackrest/spool/archive/[^/]+/(in|out)/[^/]+"
+    r"|pgbackrest/segment-[^/]+"
     r"|((last-good|original)/)?\.slmdb-[^/]+"
 )
 TREES = re.compile(r"last-good|original|pgbackrest(/lock|/spool(/archive(/[^/]+(/(in|out))?)?)?)?")

@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -24,7 +24,7 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb_restore"
 
 MARGIN = 1.1
-SAME = timedelta(days=1)
+SAME = 86400  # seconds
 # The target in words, pgBackRest's options for it, the backup, and the timeline.
 _Way = tuple[str, list[str], dict[str, Any], dict[str, Any]]
 # What a server in recovery needs to have at least as large as the one that wrote the WAL.
@@ -162,14 +162,14 @@ def _labelled(rows: list[dict[str, Any]], label: str) -> dict[str, Any]:
 
 def _newest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The newest; one of a nearer repository is as good if it is of the same day."""
-    last = max(_utc(row["stopped"]) for row in rows)
-    recent = [row for row in rows if last - _utc(row["stopped"]) <= SAME]
+    stopped = {row["stopped"]: __salt__["slmdb_backup.seconds"](row["stopped"]) for row in rows}
+    recent = [row for row in rows if max(stopped.values()) - stopped[row["stopped"]] <= SAME]
     return max(recent, key=lambda row: (-row["repository"], row["stopped"], row["label"]))
 
 
 def _complete(row: dict[str, Any]) -> datetime:
-    """From when on a backup can be restored; pgBackRest leaves the parts of a second out."""
-    return _utc(row["stopped"]) + timedelta(seconds=1)
+    """From when on a backup can be restored."""
+    return datetime.fromtimestamp(__salt__["slmdb_backup.complete"](row), timezone.utc)
 
 
 def _before(
@@ -205,7 +205,9 @@ def _before_point(
     leading = __salt__["slmdb_timeline.leading"](rows, way)
     with contextlib.suppress(ValueError):
         made = datetime.strptime(name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
-        leading = [row for row in leading if _utc(row["stopped"]) <= made] or leading
+        stopped = __salt__["slmdb_backup.seconds"]
+        before = [row for row in leading if stopped(row["stopped"]) <= made.timestamp()]
+        leading = before or leading
     return _newest(leading)
 
 
@@ -223,7 +225,9 @@ def _port(wanted: int | None) -> int:
     raise SaltInvocationError(f"port: {wanted or 'none of the next hundred'} is free; name another")
 
 
-def files(directory: str, chosen: dict[str, Any], archive: bool) -> str | None:
+def files(
+    directory: str, chosen: dict[str, Any], archive: bool, beside: str | None = None
+) -> str | None:
     """
     Restore the files into a directory that is made; nothing is left of it if that fails.
 
@@ -239,12 +243,14 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> str | None:
         What ``plan`` returned.
     archive
         Whether a server on these files shall archive its WAL.
+    beside
+        The path whose name the directory of the tablespaces begins with; ``None``: the same.
 
     Returns the directory of the tablespaces, if there are any. Raises ``CommandExecutionError`` if
     pgBackRest or the disk refuses.
     """
     found = __salt__["slmdb_instance.facts"]()
-    spaces = f"{directory}.tablespaces-{int(_now())}"
+    spaces = f"{beside or directory}.tablespaces-{int(_now())}"
     try:
         for path in (directory, spaces):
             os.mkdir(path, 0o700)
@@ -267,6 +273,11 @@ def files(directory: str, chosen: dict[str, Any], archive: bool) -> str | None:
         return spaces
     os.rmdir(spaces)
     return None
+
+
+def _tablespaces(data: str) -> list[str]:
+    """Where the tablespaces of a data directory are."""
+    return sorted(os.path.realpath(link) for link in glob.glob(f"{data}/pg_tblspc/*"))
 
 
 def _remove(*paths: str | None) -> None:
@@ -360,7 +371,7 @@ def beside(
     if os.path.exists(directory) or os.path.exists(f"/etc/postgresql/{version}/{instance}"):
         raise SaltInvocationError(
             f"instance: {version}/{instance} exists; name another, or: "
-            f"pg_dropcluster --stop {version} {instance}"
+            + _removal(version, instance, directory, glob.glob(f"{directory}.tablespaces-*"))
         )
     chosen = plan(time, label, restore_point)
     number = _port(port)
@@ -385,9 +396,19 @@ def beside(
         "label": chosen["label"],
         "gap": gap,
         "seconds": round(_clock() - begun, 1),
-        "remove": f"pg_dropcluster --stop {version} {instance}"
-        + (f" && rm -r {spaces}" if spaces else ""),
+        "remove": _removal(version, instance, directory, [spaces] if spaces else []),
     }
+
+
+def _removal(version: str, instance: str, directory: str, spaces: list[str]) -> str:
+    """The command that throws a restored instance away, or what one that was killed left of it."""
+    configuration = f"/etc/postgresql/{version}/{instance}"
+    words = []
+    if os.path.exists(f"{configuration}/postgresql.conf"):
+        words.append(f"pg_dropcluster --stop {version} {instance}")
+    else:
+        spaces = [path for path in (configuration, directory) if os.path.exists(path)] + spaces
+    return " && ".join(words + ([f"rm -r {' '.join(spaces)}"] if spaces else []))
 
 
 def _clock() -> float:
@@ -530,9 +551,10 @@ def in_place(
     time, label, restore_point
         As for ``plan``; none of them: the end of the archived WAL.
 
-    Returns ``instance``, ``port``, ``target``, ``label``, ``seconds`` and ``kept`` (the directory
-    of the old data). The files are restored before the server is stopped; to a target they are also
-    replayed before, without one all WAL is read. Raises
+    Returns ``instance``, ``port``, ``target``, ``label``, ``seconds``, ``kept`` (the directory of
+    the old data), ``kept_tablespaces`` (those that go with it) and ``secret`` (what to do if a
+    password is not the secret file's any more; ``None``). The files are restored before the server
+    is stopped; to a target they are also replayed before, without one all WAL is read. Raises
     ``SaltInvocationError`` for what cannot be; ``CommandExecutionError`` if it fails: the old data
     is back in its place, and the server runs, then.
     """
@@ -544,23 +566,27 @@ def in_place(
     _undo_half(data)
     chosen = plan(time, label, restore_point)
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"
-    shutil.rmtree(new, ignore_errors=True)
+    # What one that was killed left.
+    _remove(*(one for one in _tablespaces(new) if one.startswith(f"{data}.tablespaces-")), new)
     refuse = __salt__["slmdb_disk.refuse"]
     refuse(os.path.dirname(data), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
     gap = gap or __salt__["slmdb_backup_gap.damaged"](chosen)
     if gap:
         raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
-    spaces = files(new, chosen, archive=True)
+    spaces = files(new, chosen, archive=True, beside=data)
     try:
         if chosen["ends"]:
             __salt__["slmdb_replay.run"](new)
     except CommandExecutionError as err:
         _remove(new, spaces)
         raise CommandExecutionError(_reason(err, chosen)) from None
-    _moved(new, data)
     running = _stopped(found)
     try:
+        if not chosen["ends"]:
+            # Only now all is archived; and in recovery no limit of the instance may be too low.
+            __salt__["slmdb_replay.run"](new)
+        _moved(new, data)
         os.rename(data, kept)
         os.rename(new, data)
         __salt__["slmdb_service.start"]()
@@ -576,7 +602,24 @@ def in_place(
         "label": chosen["label"],
         "seconds": round(_clock() - begun, 1),
         "kept": kept,
+        "kept_tablespaces": _tablespaces(kept),
+        "secret": _secret(),
     }
+
+
+def _secret() -> str | None:
+    """A password that was changed since: the restored server has the one from before."""
+    try:
+        changes = __salt__["slmdb_secret.differences"]()
+    except (CommandExecutionError, SaltInvocationError) as err:
+        return str(err)
+    other = [what for what in changes if "verifier of " in what]
+    return (
+        f"{', '.join(other)}: another password than the secret file's, from before it was changed; "
+        "state.apply slm_database.secret puts it right"
+        if other
+        else None
+    )
 
 
 def _stopped(found: dict[str, Any]) -> bool:
@@ -592,9 +635,9 @@ def _stopped(found: dict[str, Any]) -> bool:
 
 def _undo_half(data: str) -> None:
     """What was killed between moving the old data away and the new one in."""
-    kept = sorted(glob.glob(f"{data}.before-*"))
-    if kept and not os.path.exists(data):
-        os.rename(kept[-1], data)
+    kept = __salt__["slmdb_instance.aside"]()
+    if kept:
+        os.rename(kept, data)
 
 
 def _moved(new: str, data: str) -> None:

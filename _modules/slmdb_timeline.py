@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from datetime import datetime
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -98,7 +97,7 @@ def _not_after(known: dict[int, dict[str, Any]], rows: list[dict[str, Any]]) -> 
     for row in rows:
         timeline = known.get(own(row))
         if timeline:
-            started = datetime.fromisoformat(row["started"].replace("Z", "+00:00")).timestamp()
+            started = __salt__["slmdb_backup.seconds"](row["started"])
             timeline["began"] = min(timeline["began"], started)
 
 

@@ -117,14 +117,49 @@ def test_a_fresh_host_is_healthy_and_says_that_there_is_no_backup(host):
 
 
 def test_the_last_backup_is_told_without_asking_the_engine(backed_up):
-    """Even when nobody could: the key is away."""
+    """Even when nobody could: the key is away, which is a problem."""
     (made,) = backed_up.call("slmdb_backup.list")
     KEY.rename("/etc/kept-key")
     (row,) = ask(backed_up)["backup"]["repositories"]
     assert (row["backups"], row["last"]["label"]) == (1, made["label"])
     assert row["last"]["at"] >= made["stopped"] and row["last"]["age_seconds"] < 3600
     assert "no backup yet" not in said(backed_up, "warnings")
-    assert ask(backed_up)["problems"] == []
+    assert said(backed_up) == (
+        f"{KEY}, the key of repository 1, is missing; bring the copy of it back"
+    )
+    with pytest.raises(CommandExecutionError, match=f"{KEY} is missing, which is its key"):
+        backed_up.call("slmdb_backup.create")
+
+
+def test_a_key_that_others_can_read_or_the_server_cannot_is_a_problem(backed_up):
+    """Before anything fails for it; an apply mends it."""
+    for mode, user, group in ((0o644, "root", "postgres"), (0o640, "root", "root")):
+        KEY.chmod(mode)
+        shutil.chown(KEY, user, group)
+        assert said(backed_up).startswith(f"{KEY}: ")
+        assert said(backed_up).endswith("state.apply slm_database.backup mends it")
+        assert backed_up.state("slmdb_backup.configured").result is True
+        assert said(backed_up) == ""
+
+
+@pytest.mark.once
+def test_a_repository_that_the_server_cannot_use_is_a_problem(backed_up):
+    """As after a copy by root; an apply gives back what is ours, and nothing else there."""
+    foreign = REPOSITORY / "foreign"
+    foreign.write_text("somebody's")
+    subprocess.run(["chown", "-hR", "root:root", str(REPOSITORY)], check=True)
+    REPOSITORY.chmod(0o700)
+    lines = ask(backed_up)["problems"]
+    assert all(line.endswith("state.apply slm_database.backup mends it") for line in lines)
+    assert any(f"the server cannot use {BACKUPS};" in line for line in lines)
+    announced = backed_up.state("slmdb_backup.configured", test=True)
+    made = backed_up.state("slmdb_backup.configured")
+    assert (made.result, made.changes) == (True, announced.changes)
+    assert backed_up.state("slmdb_backup.configured").changes == {}
+    assert said(backed_up) == ""
+    backed_up.call("slmdb_backup.create")
+    assert backed_up.call("slmdb_backup.verify")["right"] is True
+    assert foreign.owner() == "root"
 
 
 @pytest.mark.once

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import time
+from concurrent import futures
 from pathlib import Path
 
 import psycopg2
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
+from tests.functional.test_slm_database import begin_applied
 from tests.support import backups
 
 TABLE = ("CREATE TABLE log (entry text)", "INSERT INTO log VALUES ('before the backup')")
@@ -278,8 +281,55 @@ def test_a_restore_that_was_killed_in_the_middle_is_repeated(host):
     host.call("slmdb_server.forget")
     host.call("slmdb_service.stop")
     os.rename("/var/lib/postgresql/15/main", "/var/lib/postgresql/15/main.before-1")
+    (line,) = [line for line in host.call("slmdb.health", 15)["problems"] if "restore" in line]
+    assert "the data is in /var/lib/postgresql/15/main.before-1: repeat the restore" in line
+    with pytest.raises(CommandExecutionError, match=r"no data; mv /.*/main.before-1 /.*/main, or"):
+        host.call("slmdb_instance.differences")
     host.call("slmdb_backup.restore", in_place="15/main")
     assert entries(host) == ["before the backup", "kept"]
+    assert not [line for line in host.call("slmdb.health", 15)["problems"] if "restore" in line]
+
+
+@pytest.mark.once
+def test_what_a_restore_beside_left_that_was_killed(host):
+    """The refusal has the command that takes it away, whatever there is of it."""
+    Path("/srv/fast").mkdir()
+    shutil.chown("/srv/fast", "postgres", "postgres")
+    host.call("slmdb_server.execute", "CREATE TABLESPACE fast LOCATION '/srv/fast'")
+    host.call("slmdb_server.execute", "ALTER TABLE log SET TABLESPACE fast")
+    host.call("slmdb_backup.create")
+    place = Path("/var/lib/postgresql/15")
+    host.call("slmdb_restore.files", f"{place}/restored", host.call("slmdb_restore.plan"), False)
+    with pytest.raises(SaltInvocationError, match="15/restored exists; name another, or: ") as err:
+        host.call("slmdb_backup.restore")
+    command = str(err.value).split("or: ")[1]
+    assert "pg_dropcluster" not in command
+    subprocess.run(command, shell=True, check=True)
+    assert not list(place.glob("restored*"))
+    answer = host.call("slmdb_backup.restore")
+    with pytest.raises(SaltInvocationError, match="exists") as err:
+        host.call("slmdb_backup.restore")
+    assert str(err.value).endswith(f"or: {answer['remove']}")
+    subprocess.run(answer["remove"], shell=True, check=True)
+    assert not list(place.glob("restored*"))
+
+
+@pytest.mark.once
+def test_two_restores_at_once(host):
+    """The second is refused; two that read the same WAL find no damage in it."""
+    with open("/var/lib/autobot-slm-database/restore.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for how in ({}, {"in_place": "15/main"}):
+            with pytest.raises(CommandExecutionError, match="another restore runs; wait until"):
+                host.call("slmdb_backup.restore", **how)
+    for entry in ("one", "two", "three", "four"):
+        write(host, entry)
+        host.call("slmdb_backup.settle")
+    chosen = host.call("slmdb_restore.plan")
+    with futures.ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(host.call, "slmdb_backup_gap.damaged", chosen) for _ in range(3)]
+        assert [one.result() for one in found] == [None] * 3
+    assert not list(Path("/var/lib/autobot-slm-database/pgbackrest").glob("segment*"))
 
 
 @pytest.mark.once
@@ -311,12 +361,63 @@ def test_tablespaces_come_back_more_than_once(host):
     beside = host.call("slmdb_backup.restore")
     assert entries(host, beside["port"]) == ["before the backup"]
     subprocess.run(beside["remove"], shell=True, check=True)
+    before = ["/srv/fast"]
     for entry in ("once", "twice"):
         write(host, entry)
-        host.call("slmdb_backup.restore", in_place="15/main")
+        answer = host.call("slmdb_backup.restore", in_place="15/main")
+        assert answer["kept_tablespaces"] == before
+        (link,) = Path("/var/lib/postgresql/15/main/pg_tblspc").iterdir()
+        before = [str(link.resolve())]
+        assert before[0].startswith("/var/lib/postgresql/15/main.tablespaces-")
         assert entries(host)[-1] == entry
         host.call("slmdb_backup.create")
-    assert not list(Path("/var/lib/postgresql/15").glob("restored*"))
+    assert not list(Path("/var/lib/postgresql/15").glob("restor*"))
+    killed = host.call("slmdb_restore.plan")
+    new = "/var/lib/postgresql/15/main.restoring"
+    left = host.call("slmdb_restore.files", new, killed, True, new.replace(".restoring", ""))
+    assert host.call("slmdb_backup.restore", in_place="15/main")["kept_tablespaces"] == before
+    assert entries(host)[-1] == "twice" and not Path(left).exists()
+
+
+@pytest.mark.once
+def test_a_setting_that_was_lowered_since_the_backup(host, minions):
+    """Recovery would need what the server had then; in place all that was archived comes back."""
+    movable(host)
+    for connections in (137, 37):
+        minions({"slm_database": {"settings": {"max_connections": connections}}})
+        assert host.state("slmdb_config.applied").result is True
+        host.call("slmdb_server.forget")
+        host.call("slmdb_service.stop")
+        host.call("slmdb_service.start")
+        if connections == 137:
+            host.call("slmdb_backup.create")
+    write(host, "with fewer connections")
+    answer = host.call("slmdb_backup.restore", in_place="15/main")
+    assert entries(host) == ["before the backup", "with fewer connections"]
+    assert host.call("slmdb_server.query", "SHOW max_connections")[0]["max_connections"] == "37"
+    assert host.call("slmdb_backup.restore")["gap"] is None
+    assert not Path(f"{answer['kept']}/recovery.signal").exists()
+
+
+@pytest.mark.once
+def test_a_password_that_was_changed_since_is_told(minions):
+    """The server has the old one again; the answer says what puts it right."""
+    begin_applied(minions)
+    host = minions()
+    host.call("slmdb_service.start")
+    movable(host)
+    host.call("slmdb_backup.create")
+    before = moment(host)
+    assert host.call("slmdb_secret.rotate")["rotated"] is True
+    assert host.call("slmdb_secret.facts")["in_step"] is True
+    host.call("slmdb_backup.settle")
+    line = host.call("slmdb_backup.restore", time=before, in_place="15/main")["secret"]
+    assert line.startswith("verifier of autobot_slm: another password than the secret file's")
+    assert "state.apply slm_database.secret puts it right" in line and "\n" not in line
+    assert host.state("slmdb_secret.present").result is True
+    assert host.call("slmdb_secret.facts")["in_step"] is True
+    assert host.call("slmdb_backup.restore", in_place="15/main")["secret"] is None
+    host.call("slmdb_server.forget")
 
 
 @pytest.mark.once

@@ -17,10 +17,12 @@ WELL = {
     "since": "2026-01-01T00:00:00Z",
     "repositories": [
         {"repository": 1, "where": "/r", "local": True, "there": True, "last": LAST, "failed": None}
-        | {"backups": 1},
+        | {"backups": 1, "lacks": None, "closed": None},
         {"repository": 2, "where": "s3", "local": False, "there": None, "last": LAST}
-        | {"backups": None, "failed": None},
+        | {"backups": None, "failed": None, "lacks": None, "closed": None},
     ],
+    "keys": [],
+    "aside": None,
     "wal": {"mode": "on", "waiting_seconds": None, "failing": None, "reason": None, "gap": None},
     "verified": None,
     "copy": {"problem": None},
@@ -61,6 +63,13 @@ def test_well_is_silent(judge):
         ({"repositories__1__last": None}, "repository 2 (s3): no backup yet for"),
         ({"repositories__1__last": {**LAST, "age_seconds": 93601}}, "backup, L, is 26 h old"),
         ({"repositories__0__last": {**LAST, "damaged": True}}, "pages whose checksum is wrong"),
+        (
+            {"aside": "/d.before-1"},
+            "the data is in /d.before-1: repeat the restore, or move it back",
+        ),
+        ({"keys": ["/k: mode is 0644"]}, "/k: mode is 0644"),
+        ({"repositories__0__closed": ["/r/archive"]}, "the server cannot use /r/archive"),
+        ({"repositories__1__lacks": "W"}, "repository 2 (s3) lacks archived WAL up to W"),
         ({"wal__waiting_seconds": 3601}, "WAL waits for 60 min to be archived, limit 1h"),
         (
             {"wal__waiting_seconds": 3601, "wal__failing": {"wal": "W", "since": "then"}},
