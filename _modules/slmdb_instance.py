@@ -169,6 +169,10 @@ def _postmaster(data_directory: str) -> dict[str, Any]:
             alive = stream.read().startswith("postgres")
         with open(f"/proc/{pid}/stat", encoding="utf-8") as stream:
             alive = alive and stream.read().rpartition(")")[2].split()[0] not in "ZX"
+    except PermissionError as err:
+        raise CommandExecutionError(
+            f"{data_directory} cannot be read by this user: run as root"
+        ) from err
     except (OSError, ValueError, IndexError):
         return {}
     return {"pid": pid, "port": port, "started": int(lines[2])} if alive else {}
@@ -207,7 +211,8 @@ def facts() -> dict[str, Any]:
     epoch), ``port`` (in force, else configured, else wanted), ``wanted_port``, the directories
     ``config_directory``, ``data_directory``, ``bin_directory``, ``socket_directory``, the files
     ``config_file``, ``hba_file``, ``ident_file``, ``conf_file``, and ``unit``, ``systemd``,
-    ``user``. Raises ``CommandExecutionError`` if the major cannot be told.
+    ``user``. Raises ``CommandExecutionError`` if the major cannot be told, or whoever asks may not
+    look into the data directory.
 
     A report looks once and keeps this in ``__context__["slmdb_facts"]`` while it is made.
     """

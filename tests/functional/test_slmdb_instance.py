@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+from salt.exceptions import CommandExecutionError
 
 from tests.functional.conftest import start_server
 
@@ -193,3 +196,28 @@ def test_a_run_keeps_the_major_of_an_instance_that_it_drops(host):
     assert mask.name in host.call("slmdb_unit.leftovers")
     host.call("slmdb_pillar.begin_run")
     assert host.call("slmdb_instance.version") == "15"
+
+
+@contextlib.contextmanager
+def _nobody():
+    """As a minion with `user:` would be: without root's rights, and without a way to get them."""
+    nobody = pwd.getpwnam("nobody").pw_uid
+    os.setresuid(nobody, nobody, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_whoever_is_not_root_is_told_so(server):
+    """No report says of what it may not see that it does not run, or that nothing waits."""
+    words = f"{DATA} cannot be read by this user: run as root"
+    questions = ("slmdb.pending", "slmdb_pending.restart", "slmdb_instance.facts")
+    for question in ("slmdb.health", *questions):
+        server.call(question)  # the tests' own files are root's: what is loaded stays loaded
+    with _nobody():
+        report = server.call("slmdb.health")
+        for question in questions:
+            with pytest.raises(CommandExecutionError, match=f"^{words}$"):
+                server.call(question)
+    assert report["problems"] == [f"instance: {words}"]
