@@ -464,7 +464,8 @@ def differences() -> dict:
         salt-call slmdb_instance.differences
 
     Returns ``{what: {"old": …, "new": …}}``, empty if it exists. Raises
-    ``CommandExecutionError`` if data without configuration, or the reverse, is in the way.
+    ``CommandExecutionError`` if data without configuration, or the reverse, is in the way, or the
+    host does not have the wanted locale.
     """
     found = facts()
     trouble = _unusable(found)
@@ -472,6 +473,11 @@ def differences() -> dict:
         raise CommandExecutionError(trouble)
     if found["exists"]:
         return {}
+    get = __salt__["slmdb_pillar.get"]
+    told = (get("locale"), get("encoding"), "slm_database:locale")
+    mistakes = __salt__["slmdb_database.locale_problems"](*told)
+    if mistakes:
+        raise CommandExecutionError("\n".join(mistakes))
     return {f"instance {found['version']}/{NAME}": {"old": None, "new": "present"}}
 
 

@@ -376,6 +376,23 @@ def _check_owners(pillar: dict) -> Iterator[str]:
             yield f'{TOP}:databases:{name}:owner: "{owner}" is not declared; add it to {TOP}:roles'
 
 
+def _check_members(pillar: dict) -> Iterator[str]:
+    """No role is, by way of others, a member of itself."""
+    roles = _part(pillar, "roles", of=dict)
+    groups = {
+        name: {one for one in _part(roles, name, "member_of", of=list) if one in list(roles)}
+        for name in roles
+    }
+    for name in roles:
+        reached: set[str] = set()
+        ahead = set(groups[name])
+        while ahead:
+            reached |= ahead
+            ahead = set().union(*(groups[one] for one in ahead)) - reached
+        if name in reached:
+            yield f"{_join(f'{TOP}:roles', name)}:member_of: makes the role a member of itself"
+
+
 def _check_passwords(pillar: dict) -> Iterator[str]:
     """A role has one source for its password, and its place in a file is its own."""
     places = {(_text(pillar, "secret", "file"), _text(pillar, "secret", "key")): f"{TOP}:secret"}
@@ -444,6 +461,7 @@ CHECKS = (
     _check_network,
     _check_settings,
     _check_owners,
+    _check_members,
     _check_passwords,
     _check_keys,
     _check_rules,

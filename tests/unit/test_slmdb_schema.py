@@ -224,6 +224,13 @@ WRONG = [
     ({"roles": {"autobot_slm": {}}}, "roles:autobot_slm", "application", "secret"),
     ({"roles": {"pg_x": {}}}, "roles:pg_x", '"pg_x"', "pg_"),
     ({"roles": {"r": {"secret": {"file": "/x"}}}}, "roles:r:secret:key", "missing", ""),
+    ({"roles": {"r": {"member_of": ["r"]}}}, "roles:r:member_of", "of itself", ""),
+    (
+        {"roles": {"a": {"member_of": ["b"]}, "b": {"member_of": [[], "a"]}}},
+        "roles:a:member_of",
+        "of itself",
+        "",
+    ),
     ({"roles": {"r": {"connection_limit": -2}}}, "roles:r:connection_limit", "-2", "-1 to"),
     ({"settings": {"x": None}}, "settings:x", "null", "one line"),
     ({"settings": {"x": [1]}}, "settings:x", "a list", "one line"),
