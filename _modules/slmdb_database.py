@@ -5,8 +5,10 @@ may not, and that connections are let in.
 
 from __future__ import annotations
 
+import codecs
 from typing import Any
 
+from salt.exceptions import CommandExecutionError
 from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_database"
@@ -37,6 +39,8 @@ OUTSIDE = {
     "connection_limit": ("connection limit", -1),
     "privileges": ("owner's privileges", ["CONNECT", "CREATE", "TEMPORARY"]),
 }
+
+EXTENSIONS = "SELECT name::text FROM pg_available_extensions"
 
 
 def __virtual__() -> str:
@@ -102,9 +106,9 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
     Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Encoding and locale of a
     database that exists cannot be changed and are not among them (``slmdb_instance.report``), nor
     is what is inside of one that lets nobody in. Raises ``CommandExecutionError`` if the server
-    does not answer.
+    does not answer or would refuse, with the key that asks for it.
     """
-    databases = wanted() if databases is None else databases
+    given, databases = databases, wanted() if databases is None else databases
     present = read(list(databases))
     ours = __salt__["slmdb_pillar.get"]("database")
     changes: dict = {}
@@ -119,7 +123,79 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
         changes.update({f"{label}: {what}": change for what, change in found.items()})
         if name != ours:  # hundreds of databases would take all the connections that there are
             __salt__["slmdb_server.forget"](name)
+    mistakes = _mistakes(databases, given is None, changes) if changes else []
+    if mistakes:
+        raise CommandExecutionError("\n".join(mistakes))
     return changes
+
+
+def _mistakes(databases: dict[str, dict[str, Any]], ours: bool, changes: dict) -> list[str]:
+    """A line for each thing that the server would refuse, of what is to be made."""
+    available = {row["name"] for row in __salt__["slmdb_server.query"](EXTENSIONS)}
+    lines = []
+    for name, options in databases.items():
+        made = f"database {name}" in changes
+        if made:
+            path = _path(name, "locale", ours)
+            lines += locale_problems(options["locale"], options["encoding"], path)
+        for position, one in enumerate(options["extensions"]):
+            if not made and f"database {name}: extension {one}" not in changes:
+                continue
+            path = f"{_path(name, 'extensions', ours)}:{position}"
+            if one not in available:
+                lines.append(
+                    f'{path}: the server has no extension "{one}"; correct it, or add the package '
+                    "that brings it to slm_database:packages"
+                )
+    return lines
+
+
+def _path(name: str, key: str, ours: bool) -> str:
+    """Where a database of the settings, or of a state's own words, has something from."""
+    if not ours:
+        return f"databases:{name}:{key}"
+    own = __salt__["slmdb_pillar.get"]("databases").get(name) or {}
+    return f"slm_database:databases:{name}:{key}" if key in own else f"slm_database:{key}"
+
+
+def locale_problems(locale: str, encoding: str, path: str) -> list[str]:
+    """
+    Say why no database can have a locale and an encoding together on this host.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_database.locale_problems de_DE.UTF-8 UTF8 slm_database:locale
+
+    locale
+        Name of the locale.
+    encoding
+        Name of the encoding, as the server writes it.
+    path
+        The key that asks for the locale.
+
+    Returns lines, none if they fit. Raises nothing.
+    """
+    answer = __salt__["cmd.run_all"](
+        ["locale", "charmap"], python_shell=False, env={"LC_ALL": locale}, ignore_retcode=True
+    )
+    if answer["stderr"]:
+        return [f"{path}: this host has no locale {locale}; locale -a lists those that it has"]
+    if locale in ("C", "POSIX") or _codec(encoding) in (None, _codec(answer["stdout"])):
+        return []
+    return [
+        f"{path}: {locale} is a locale for {answer['stdout']}, but the encoding is {encoding}; "
+        "choose another of the two, or the locale C, which fits every encoding"
+    ]
+
+
+def _codec(name: str) -> str | None:
+    """The same name for all names of an encoding; ``None`` for one that only PostgreSQL knows."""
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return None
 
 
 def _outside(found: dict[str, Any], options: dict[str, Any]) -> dict:
@@ -216,7 +292,7 @@ def _repairs_inside(inside: dict, options: dict[str, Any]) -> list[tuple]:
 
     owner = sql.Identifier(options["owner"])
     statements = [
-        sql.SQL("CREATE EXTENSION IF NOT EXISTS {}").format(sql.Identifier(extension))
+        sql.SQL("CREATE EXTENSION IF NOT EXISTS {} CASCADE").format(sql.Identifier(extension))
         for extension in options["extensions"]
     ]
     if any(what.endswith("schema public") for what in inside):

@@ -272,6 +272,7 @@ def problem(data: bytes, keys: Iterable[str]) -> str | None:
         _broken_entry(found)
         or next((text for key in wanted if (text := _key_problem(found, key))), None)
         or _ambiguous(data, wanted)
+        or _something_else(found)
     )
 
 
@@ -284,6 +285,13 @@ def _broken_entry(found: list[Entry]) -> str | None:
         if not entry.assignment and not entry.closed:
             return f"it is cut off in line {entry.line}, which has no '=' and no end"
     return None
+
+
+def _something_else(found: list[Entry]) -> str | None:
+    lines = [entry for entry in found if entry.key != "#"]
+    if not lines or any(entry.assignment for entry in lines):
+        return None
+    return f"line {lines[0].line} and all others have no KEY=value: it is no environment file"
 
 
 def _key_problem(found: list[Entry], key: str) -> str | None:

@@ -171,6 +171,10 @@ def _postmaster(data_directory: str) -> dict[str, Any]:
             alive = stream.read().startswith("postgres")
         with open(f"/proc/{pid}/stat", encoding="utf-8") as stream:
             alive = alive and stream.read().rpartition(")")[2].split()[0] not in "ZX"
+    except PermissionError as err:
+        raise CommandExecutionError(
+            f"{data_directory} cannot be read by this user: run as root"
+        ) from err
     except (OSError, ValueError, IndexError):
         return {}
     return {"pid": pid, "port": port, "started": int(lines[2])} if alive else {}
@@ -209,7 +213,8 @@ def facts() -> dict[str, Any]:
     epoch), ``port`` (in force, else configured, else wanted), ``wanted_port``, the directories
     ``config_directory``, ``data_directory``, ``bin_directory``, ``socket_directory``, the files
     ``config_file``, ``hba_file``, ``ident_file``, ``conf_file``, and ``unit``, ``systemd``,
-    ``user``. Raises ``CommandExecutionError`` if the major cannot be told.
+    ``user``. Raises ``CommandExecutionError`` if the major cannot be told, or whoever asks may not
+    look into the data directory.
 
     A report looks once and keeps this in ``__context__["slmdb_facts"]`` while it is made.
     """
@@ -481,7 +486,8 @@ def differences() -> dict:
         salt-call slmdb_instance.differences
 
     Returns ``{what: {"old": …, "new": …}}``, empty if it exists. Raises
-    ``CommandExecutionError`` if data without configuration, or the reverse, is in the way.
+    ``CommandExecutionError`` if data without configuration, or the reverse, is in the way, or the
+    host does not have the wanted locale.
     """
     found = facts()
     trouble = _unusable(found)
@@ -489,6 +495,11 @@ def differences() -> dict:
         raise CommandExecutionError(trouble)
     if found["exists"]:
         return {}
+    get = __salt__["slmdb_pillar.get"]
+    told = (get("locale"), get("encoding"), "slm_database:locale")
+    mistakes = __salt__["slmdb_database.locale_problems"](*told)
+    if mistakes:
+        raise CommandExecutionError("\n".join(mistakes))
     return {f"instance {found['version']}/{NAME}": {"old": None, "new": "present"}}
 
 

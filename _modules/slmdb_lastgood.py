@@ -196,6 +196,23 @@ def permitted() -> str | None:
     return None
 
 
+def port() -> int:
+    """
+    Return the server's port; in test mode the one it will have after the restart that comes first.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_lastgood.port
+
+    Returns a number. Raises ``CommandExecutionError`` if the instance's facts cannot be told.
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    moves = __opts__.get("test") and found["running"] and found["port"] != found["wanted_port"]
+    return found["wanted_port"] if moves and permitted() else found["port"]
+
+
 def differences() -> dict[str, dict[str, Any]]:
     """
     Compare what is loaded with what would be after a restart, if one is permitted now.

@@ -211,7 +211,7 @@ def config() -> str:
         "",
         f"[{STANZA}]",
         f"pg1-path={found['data_directory']}",
-        f"pg1-port={found['port']}",
+        f"pg1-port={__salt__['slmdb_lastgood.port']()}",
         f"pg1-socket-path={found['socket_directory']}",
         f"pg1-user={found['user']}",
     ]

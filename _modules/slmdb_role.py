@@ -145,15 +145,36 @@ def differences(roles: dict[str, dict[str, Any]] | None = None) -> dict:
         Role names with their attributes; default: those of the settings.
 
     Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
-    ``CommandExecutionError`` if the server does not answer.
+    ``CommandExecutionError`` if the server does not answer, or has no role that one is to be a
+    member of, with the key that says so.
     """
+    path = "slm_database:roles" if roles is None else "roles"
     roles = wanted() if roles is None else roles
     present = read(list(roles))
     changes: dict = {}
     for name, options in roles.items():
         for what, change in _unlike(options, present.get(name)).items():
             changes[f"role {name}: {what}" if what else f"role {name}"] = change
+    mistakes = _missing_groups(roles, path) if changes else []
+    if mistakes:
+        raise CommandExecutionError("\n".join(mistakes))
     return changes
+
+
+def _missing_groups(roles: dict[str, dict[str, Any]], path: str) -> list[str]:
+    """A line for each membership of a role that neither is there nor will be."""
+    wanted_groups = {
+        f"{path}:{name}:member_of:{position}": group
+        for name, options in roles.items()
+        for position, group in enumerate(options.get("member_of") or [])
+        if group not in roles
+    }
+    there = read(sorted(set(wanted_groups.values()))) if wanted_groups else {}
+    return [
+        f'{key}: the server has no role "{group}"; correct it, or add it to slm_database:roles'
+        for key, group in wanted_groups.items()
+        if group not in there
+    ]
 
 
 def _attributes(name: str, options: dict[str, Any], exists: bool) -> tuple:

@@ -37,6 +37,8 @@ HIDDEN_KINDS = {
 }
 HIDDEN_BELOW = {"adopt", "roles", "secret", "settings"}
 SECRET_WORD = re.compile(r"pass(w|phrase|$)|pw$|secret|token|credential", re.IGNORECASE)
+# What a connection string, a URL or a command's option says.
+SECRET_VALUE = re.compile(r"passw(or)?d\s*=\s*\S|://[^\s/@:]*:[^\s/@]+@", re.IGNORECASE)
 SECRET_OPTIONS = {"ldapbindpasswd", "radiussecrets"}
 HOST_TYPES = ("host", "hostssl", "hostnossl", "hostgssenc", "hostnogssenc")
 
@@ -347,10 +349,15 @@ def _check_network(pillar: dict) -> Iterator[str]:
 def _check_settings(pillar: dict) -> Iterator[str]:
     """What has a key of its own is not set twice, nor is anything; case does not count there."""
     seen: dict[str, str] = {}
-    for name in _part(pillar, "settings", of=dict):
+    for name, value in _part(pillar, "settings", of=dict).items():
         if not isinstance(name, str):
             continue
         lower = name.lower()
+        if isinstance(value, str) and SECRET_VALUE.search(value):
+            yield (
+                f"{_join(f'{TOP}:settings', name)}: holds a password, which everybody on the host "
+                "could read; keep it in a password file of postgres and name that (passfile=...)"
+            )
         if lower in ("port", "listen_addresses"):
             yield f"{_join(f'{TOP}:settings', name)}: has a key of its own; set {TOP}:{lower}"
         elif lower in seen:
@@ -378,31 +385,70 @@ def _check_owners(pillar: dict) -> Iterator[str]:
             yield f'{TOP}:databases:{name}:owner: "{owner}" is not declared; add it to {TOP}:roles'
 
 
+def _check_members(pillar: dict) -> Iterator[str]:
+    """No role is, by way of others, a member of itself."""
+    roles = _part(pillar, "roles", of=dict)
+    groups = {
+        name: {one for one in _part(roles, name, "member_of", of=list) if one in list(roles)}
+        for name in roles
+    }
+    for name in roles:
+        reached: set[str] = set()
+        ahead = set(groups[name])
+        while ahead:
+            reached |= ahead
+            ahead = set().union(*(groups[one] for one in ahead)) - reached
+        if name in reached:
+            yield f"{_join(f'{TOP}:roles', name)}:member_of: makes the role a member of itself"
+
+
 def _check_passwords(pillar: dict) -> Iterator[str]:
-    """A role has one source for its password, and its place in a file is its own."""
-    places = {(_text(pillar, "secret", "file"), _text(pillar, "secret", "key")): f"{TOP}:secret"}
+    """A role has one source for its password."""
     for name, role in _part(pillar, "roles", of=dict).items():
-        path = _join(f"{TOP}:roles", name)
         if isinstance(role, dict) and "secret" in role and "password_pillar" in role:
+            path = _join(f"{TOP}:roles", name)
             yield f"{path}: has both secret and password_pillar; allowed: one of them"
+
+
+def _secrets(pillar: dict) -> Iterator[tuple[str, dict]]:
+    """Where each role's secret is described, the application's first, and what each is told."""
+    ours = _part(pillar, "secret", of=dict)
+    usual = {name: _text(pillar, "secret", name) for name in _SECRET_FILE}
+    yield f"{TOP}:secret", {**ours, **usual}
+    usual.pop("key")
+    for name in _part(pillar, "roles", of=dict):
         secret = _part(pillar, "roles", name, "secret", of=dict)
-        place = (str(secret.get("file")), str(secret.get("key")))
-        if place in places:
-            yield f"{path}:secret: has the same file and key as {places[place]}; choose another key"
-        elif secret:
-            places[place] = f"{path}:secret"
+        if secret:
+            yield f"{_join(f'{TOP}:roles', name)}:secret", {**usual, **secret}
 
 
-def _check_keys(pillar: dict) -> Iterator[str]:
-    """No key of the secret file is used for two things."""
-    ours = {_text(pillar, "secret", "key"): f"{TOP}:secret:key"}
-    ours[f"{next(iter(ours))}_NEXT"] = "the next password during a rotation"
+def _claims(path: str, secret: dict) -> Iterator[tuple[str, str, str]]:
+    """The names that a secret needs in its file: each, its path, and what is added to that."""
+    key = secret.get("key")
+    if isinstance(key, str):
+        yield key, f"{path}:key", ""
+        for ending in ("NEXT", "PREVIOUS", "SINCE"):
+            yield f"{key}_{ending}", f"{path}:key", f" with _{ending} (of a rotation)"
     for name in ("url_keys", "generate_missing"):
-        for position, key in enumerate(_part(pillar, "secret", name, of=list)):
-            if isinstance(key, str) and key in ours:
-                yield f"{TOP}:secret:{name}:{position}: this name is already that of {ours[key]}"
-            elif isinstance(key, str):
-                ours[key] = f"{TOP}:secret:{name}:{position}"
+        for position, one in enumerate(_part(secret, name, of=list)):
+            if isinstance(one, str):
+                yield one, f"{path}:{name}:{position}", ""
+
+
+def _check_files(pillar: dict) -> Iterator[str]:
+    """No key of a secret file is used for two things, and a file has one owner and one mode."""
+    used: dict[tuple[str, str], str] = {}
+    first: dict[str, tuple[str, dict]] = {}
+    for path, secret in _secrets(pillar):
+        file = str(secret.get("file"))
+        for key, where, ending in _claims(path, secret):
+            if (file, key) in used:
+                yield f"{where}: this name{ending} is already that of {used[file, key]}"
+            used.setdefault((file, key), f"{where}{ending}")
+        other, told = first.setdefault(file, (path, secret))
+        for what in ("owner", "group", "mode"):
+            if secret[what] != told[what]:
+                yield f"{path}:{what}: the same file has another {what} by {other}:{what}"
 
 
 def _check_rule(rule: dict, path: str) -> Iterator[str]:
@@ -446,8 +492,9 @@ CHECKS = (
     _check_network,
     _check_settings,
     _check_owners,
+    _check_members,
     _check_passwords,
-    _check_keys,
+    _check_files,
     _check_rules,
     _check_windows,
     _check_second,

@@ -71,7 +71,7 @@ def wanted(**given: Any) -> dict[str, Any]:
         result.update(_FOR_OTHER_ROLES, credentials_file=None, adopted_role=None)
     result.update(given, named={name: name for name in given})
     if "port" not in given:
-        result["port"] = __salt__["slmdb_instance.facts"]()["port"]
+        result["port"] = __salt__["slmdb_lastgood.port"]()
     return result
 
 

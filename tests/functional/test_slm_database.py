@@ -264,7 +264,9 @@ def test_a_parked_port_is_no_problem_and_comes_with_a_permitted_restart(applied,
     assert [row["name"] for row in report["pending"]] == ["port"]
     assert b":5432/" in Path("/etc/autobot/slm-secrets.env").read_bytes()
     minion.tell({"slm_database": {**settings, "restart": "now"}})
-    assert failures(apply(minion)) == {}
+    announced, made = apply(minion, test=True), apply(minion)
+    assert failures(made) == {}
+    assert changed(made) == changed(announced)
     assert minion.call("slmdb_instance.facts")["port"] == 5544
     assert b":5544/" in Path("/etc/autobot/slm-secrets.env").read_bytes()
     minion.tell({"slm_database": settings})

@@ -115,12 +115,40 @@ def test_extensions_and_further_databases(host):
     assert list(added.changes) == [f"database {name}: extension hstore"]
 
 
-def test_an_extension_that_does_not_exist_is_the_server_s_one_line(host):
-    """The failed state says what the server says."""
-    databases = {"autobot_slm": {**BASE, "extensions": ["no_such_thing"]}}
-    result = host.state("slmdb_database.present", databases=databases)
-    assert result.result is False
-    assert 'extension "no_such_thing" is not available' in str(result.comment)
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        (
+            {"extensions": ["pg_trgm", "no_such"]},
+            'extensions:1: the server has no extension "no_such"; correct it, or add the package '
+            "that brings it to slm_database:packages",
+        ),
+        (
+            {"locale": "xx_XX.UTF-8"},
+            "locale: this host has no locale xx_XX.UTF-8; locale -a lists those that it has",
+        ),
+        (
+            {"locale": "C.UTF-8", "encoding": "LATIN1"},
+            "locale: C.UTF-8 is a locale for UTF-8, but the encoding is LATIN1; choose another of "
+            "the two, or the locale C, which fits every encoding",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", ["", "databases:extra:"])
+def test_what_the_server_would_refuse_is_named_by_its_key(host, told, line, place):
+    """With test=True and in earnest, and no database is made before."""
+    host.tell({"slm_database": {"databases": {"extra": told}} if place else told})
+    for test in (True, False):
+        result = host.state("slmdb_database.present", test=test)
+        assert (result.result, result.comment) == (False, f"slm_database:{place}{line}")
+    assert host.call("slmdb_database.read", ["autobot_slm", "extra"]) == {}
+
+
+def test_an_extension_brings_what_it_stands_on(host):
+    """Who asks for one need not know which others it requires."""
+    host.tell({"slm_database": {"extensions": ["earthdistance"]}})
+    assert host.state("slmdb_database.present").result is True
+    assert host.call("slmdb_database.differences") == {}
 
 
 def test_encoding_and_locale_that_cannot_be_changed_are_reported(host):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+from salt.exceptions import CommandExecutionError
 
 from tests.functional.conftest import start_server
 
@@ -59,6 +62,23 @@ def test_pillar_chooses_locale_encoding_and_checksums(host, minions):
     assert rows == [{"checksums": "off", "locale": "C", "encoding": "LATIN1"}]
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"locale": "xx_XX.UTF-8"}, "this host has no locale xx_XX.UTF-8"),
+        ({"encoding": "LATIN1"}, "C.UTF-8 is a locale for UTF-8, but the encoding is LATIN1"),
+    ],
+)
+def test_a_locale_that_cannot_be_had_is_named_by_its_key(host, minions, told, words):
+    """With test=True and in earnest, and nothing is made."""
+    minion = minions({"slm_database": told})
+    for test in (True, False):
+        result = minion.state("slmdb_instance.present", test=test)
+        assert result.result is False
+        assert str(result.comment).startswith(f"slm_database:locale: {words}")
+    assert not Path(CONFIGURATION).exists()
+
+
 def test_an_instance_that_exists_is_used(host):
     """apt's own cluster, on another port and without checksums, keeps its data."""
     create("--port", "5433")
@@ -90,11 +110,9 @@ def test_configuration_without_data_is_refused(host):
 def test_a_locale_that_does_not_exist_leaves_nothing(host, minions):
     """pg_createcluster's own words; the next run starts from nothing."""
     minion = minions({"slm_database": {"locale": "xx_XX.UTF-8"}})
-    result = minion.state("slmdb_instance.present")
-    assert result.result is False
-    assert str(result.comment) == (
-        'pg_createcluster: initdb: error: invalid locale name "xx_XX.UTF-8"'
-    )
+    words = 'pg_createcluster: initdb: error: invalid locale name "xx_XX.UTF-8"'
+    with pytest.raises(CommandExecutionError, match=f"^{words}$"):
+        minion.call("slmdb_instance.apply")
     assert not Path(CONFIGURATION).exists() and not Path(DATA).exists()
 
 
@@ -193,3 +211,28 @@ def test_a_run_keeps_the_major_of_an_instance_that_it_drops(host):
     assert mask.name in host.call("slmdb_unit.leftovers")
     host.call("slmdb_pillar.begin_run")
     assert host.call("slmdb_instance.version") == "15"
+
+
+@contextlib.contextmanager
+def _nobody():
+    """As a minion with `user:` would be: without root's rights, and without a way to get them."""
+    nobody = pwd.getpwnam("nobody").pw_uid
+    os.setresuid(nobody, nobody, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_whoever_is_not_root_is_told_so(server):
+    """No report says of what it may not see that it does not run, or that nothing waits."""
+    words = f"{DATA} cannot be read by this user: run as root"
+    questions = ("slmdb.pending", "slmdb_pending.restart", "slmdb_instance.facts")
+    for question in ("slmdb.health", *questions):
+        server.call(question)  # the tests' own files are root's: what is loaded stays loaded
+    with _nobody():
+        report = server.call("slmdb.health")
+        for question in questions:
+            with pytest.raises(CommandExecutionError, match=f"^{words}$"):
+                server.call(question)
+    assert report["problems"] == [f"instance: {words}"]

@@ -125,16 +125,6 @@ def test_names_like_labels(server):
     assert (repaired.result, list(repaired.changes)) == (True, ["role a: b: createdb"])
 
 
-def test_a_group_that_does_not_exist_is_the_server_s_one_line(server):
-    """One transaction: the role that would have been fine is not made either."""
-    result = server.state(
-        "slmdb_role.present", roles={"good": {}, "bad": {"member_of": ["nobody_here"]}}
-    )
-    assert result.result is False
-    assert str(result.comment) == 'role "nobody_here" does not exist'
-    assert server.call("slmdb_role.read", ["good", "bad"]) == {}
-
-
 def test_a_role_that_owns_something_is_not_dropped(server):
     """Dropping says why it cannot."""
     server.state("slmdb_role.present")
@@ -144,3 +134,19 @@ def test_a_role_that_owns_something_is_not_dropped(server):
     server.call("slmdb_database.drop", "autobot_slm")
     server.call("slmdb_role.drop", "autobot_slm")
     assert server.call("slmdb_role.read", ["autobot_slm"]) == {}
+
+
+def test_a_group_that_is_not_there_is_named_by_its_key(server):
+    """With test=True and in earnest, and no role is made before."""
+    roles = {"reader": {"member_of": ["pg_monitor", "archive"]}}
+    line = (
+        'slm_database:roles:reader:member_of:1: the server has no role "archive"; '
+        "correct it, or add it to slm_database:roles"
+    )
+    server.tell({"slm_database": {"roles": roles}})
+    for test in (True, False):
+        result = server.state("slmdb_role.present", test=test)
+        assert (result.result, result.comment) == (False, line)
+    assert server.call("slmdb_role.read", ["reader", "autobot_slm"]) == {}
+    server.tell({"slm_database": {"roles": {**roles, "archive": None}}})
+    assert server.state("slmdb_role.present").result is True

@@ -226,3 +226,11 @@ def test_an_edit_that_would_not_be_read_back_is_refused():
     """A value that systemd would not hand over is not written."""
     with pytest.raises(CommandExecutionError, match="1KEY"):
         envfile.edit(b"A=1\n", {"1KEY": "x"})
+
+
+@pytest.mark.parametrize("text", ["root:*:19000:0:99999:7:::\n", "# note\n[section]\nkey value\n"])
+def test_another_kind_of_file_is_no_environment_file(text):
+    """A path that was meant for something else is not written to."""
+    assert "it is no environment file" in envfile.problem(text.encode(), [KEY])
+    assert envfile.problem(f"{text}A=1\n".encode(), [KEY]) is None
+    assert envfile.problem(b"# note\n\n", [KEY]) is None

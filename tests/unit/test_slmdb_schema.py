@@ -224,6 +224,13 @@ WRONG = [
     ({"roles": {"autobot_slm": {}}}, "roles:autobot_slm", "application", "secret"),
     ({"roles": {"pg_x": {}}}, "roles:pg_x", '"pg_x"', "pg_"),
     ({"roles": {"r": {"secret": {"file": "/x"}}}}, "roles:r:secret:key", "missing", ""),
+    ({"roles": {"r": {"member_of": ["r"]}}}, "roles:r:member_of", "of itself", ""),
+    (
+        {"roles": {"a": {"member_of": ["b"]}, "b": {"member_of": [[], "a"]}}},
+        "roles:a:member_of",
+        "of itself",
+        "",
+    ),
     ({"roles": {"r": {"connection_limit": -2}}}, "roles:r:connection_limit", "-2", "-1 to"),
     ({"settings": {"x": None}}, "settings:x", "null", "one line"),
     ({"settings": {"x": [1]}}, "settings:x", "a list", "one line"),
@@ -247,6 +254,13 @@ WRONG = [
         "already",
         "secret:key",
     ),
+    (
+        {"settings": {"primary_conninfo": "host=a password=x"}},
+        "settings:primary_conninfo",
+        "holds a password",
+        "passfile",
+    ),
+    ({"settings": {"x.y": "postgresql://a:b@c/d"}}, "settings:x.y", "holds a password", "passfile"),
     ({"maintenance": {"windows": ["Sonntag"]}}, "maintenance:windows:0", '"Sonntag"', "Sun 02:00"),
     (
         {"maintenance": {"windows": ["Mon-Wed-Fri 02:00-04:00"]}},
@@ -402,13 +416,59 @@ def test_a_password_in_pillar_is_refused_with_the_right_way(pillar):
     assert "secret:from_pillar" in line and "password_pillar" in line
 
 
-def test_two_roles_do_not_share_a_place():
-    """The second would overwrite the first one's password."""
-    place = {"file": "/etc/x.env", "key": "P"}
-    (line,) = problems({"roles": {"a": {"secret": place}, "b": {"secret": dict(place)}}})
-    assert line.startswith(f"{TOP}:roles:b:secret: ") and f"{TOP}:roles:a:secret" in line
-    ours = {"file": _default("secret", "file"), "key": _default("secret", "key")}
-    assert problems({"roles": {"a": {"secret": ours}}})
+PLACE = {"file": "/etc/x.env", "key": "P"}
+OURS = {"file": _default("secret", "file"), "key": "R"}
+
+
+@pytest.mark.parametrize(
+    ("secret", "roles", "line"),
+    [
+        ({}, {"b": PLACE}, "roles:b:secret:key: this name is already that of {}roles:a:secret:key"),
+        (
+            {},
+            {"b": {**PLACE, "key": "P_NEXT"}},
+            "roles:b:secret:key: this name is already that of {}roles:a:secret:key "
+            "with _NEXT (of a rotation)",
+        ),
+        (
+            {"key": "R_PREVIOUS"},
+            {"b": OURS},
+            "roles:b:secret:key: this name with _PREVIOUS (of a rotation) is already that of "
+            "{}secret:key",
+        ),
+        (
+            {},
+            {"b": {**OURS, "key": "DATABASE_URL"}},
+            "roles:b:secret:key: this name is already that of {}secret:url_keys:0",
+        ),
+        (
+            {"generate_missing": ["R"]},
+            {"b": OURS},
+            "roles:b:secret:key: this name is already that of {}secret:generate_missing:0",
+        ),
+        (
+            {},
+            {"b": {**PLACE, "key": "Q", "mode": "0600"}},
+            "roles:b:secret:mode: the same file has another mode by {}roles:a:secret:mode",
+        ),
+        (
+            {"owner": "slm"},
+            {"b": {**OURS, "owner": "root"}},
+            "roles:b:secret:owner: the same file has another owner by {}secret:owner",
+        ),
+    ],
+)
+def test_what_is_in_one_file_has_names_of_its_own(secret, roles, line):
+    """The second would overwrite the first one's password, or its file, at every run."""
+    roles = {name: {"secret": dict(place)} for name, place in {"a": PLACE, **roles}.items()}
+    told = {"secret": {"url_keys": ["DATABASE_URL"], **secret}, "roles": roles}
+    assert f"{TOP}:{line.format(f'{TOP}:')}" in problems(told)
+
+
+def test_roles_may_share_a_file():
+    """With a key each, whoever says the owners and the mode."""
+    roles = {"a": {"secret": OURS}, "b": {"secret": {**OURS, "key": "S", "owner": "root"}}}
+    assert problems({"roles": roles}) == []
 
 
 def test_one_source_for_a_password():
