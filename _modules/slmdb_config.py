@@ -14,6 +14,14 @@ __virtualname__ = "slmdb_config"
 TUNED = "slm_database:tuning:profile"
 MEMORY = "# Made for a memory of {}MB.\n"
 MODE = "0644"
+# Of each setting the line that counts.
+LAST_WORDS = """
+SELECT DISTINCT ON (lower(f.name)) lower(f.name) AS name, f.setting AS value,
+       f.sourcefile AS file, f.sourceline AS line, s.vartype, s.unit
+  FROM pg_file_settings f LEFT JOIN pg_settings s ON lower(s.name) = lower(f.name)
+ WHERE f.name IS NOT NULL
+ ORDER BY lower(f.name), f.seqno DESC
+"""
 
 
 def __virtual__() -> str:
@@ -421,7 +429,7 @@ def pending() -> list[dict[str, Any]]:
 
 def foreign() -> list[dict[str, Any]]:
     """
-    Return what overrides a setting of ours: another file of ``conf.d``, or ALTER SYSTEM.
+    Return what others set: in another file of ``conf.d``, by ALTER SYSTEM, or not safely anywhere.
 
     CLI Example:
 
@@ -429,16 +437,22 @@ def foreign() -> list[dict[str, Any]]:
 
         salt-call slmdb_config.foreign
 
-    Returns ``name``, ``value``, ``ours``, ``file`` and ``line`` for each; empty if there is none or
-    no server runs. Nothing is deleted.
+    Returns ``name``, ``value``, ``file`` and ``line`` for each, ``ours`` (our value that it
+    overrides, or None) and ``danger`` (why it is not safe, or None); empty if there is none or no
+    server runs. Nothing is deleted.
     """
     if not __salt__["slmdb_server.available"]():
         return []
-    rows = __salt__["slmdb_server.query"](
-        "SELECT DISTINCT ON (lower(name)) lower(name) AS name, setting AS value, "
-        "sourcefile AS file, sourceline AS line FROM pg_file_settings "
-        "ORDER BY lower(name), seqno DESC"
-    )
-    settings, own = wanted(), _facts()["conf_file"]
-    found = [row for row in rows if row["name"] in settings and row["file"] != own]
-    return [{**row, "ours": settings[row["name"]]} for row in found]
+    settings, paths, found = wanted(), _facts(), []
+    for row in __salt__["slmdb_server.query"](LAST_WORDS):
+        kind = row.pop("vartype") or "string", row.pop("unit")
+        name, ours = row["name"], settings.get(row["name"])
+        normal = __salt__["slmdb_conf.normal"]
+        same = ours is not None and normal(row["value"], *kind) == normal(ours, *kind)
+        if same or row["file"] == paths["conf_file"]:
+            continue
+        danger = __salt__["slmdb_limits.danger"](name, row["value"])
+        # Debian's own file sets much that is nobody's choice.
+        if ours is not None or danger or row["file"] != paths["config_file"]:
+            found.append({**row, "ours": ours, "danger": danger})
+    return found

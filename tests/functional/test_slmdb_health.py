@@ -402,6 +402,70 @@ def test_a_configuration_file_that_the_server_would_refuse(minion, line, words):
         other.unlink()
 
 
+AUTO = Path("/var/lib/postgresql/15/main/postgresql.auto.conf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("fsync", "off", "a crash of the host would destroy the database"),
+        ("full_page_writes", "false", "a crash of the host would destroy the database"),
+        ("autovacuum", "off", "the transaction ids would run out"),
+        ("password_encryption", "md5", "passwords are kept as SCRAM-SHA-256 verifiers"),
+        ("default_transaction_read_only", "on", "the application may not write"),
+        ("archive_mode", "off", "off would end the backups: no WAL would be archived"),
+        ("archive_command", "/bin/true", "it would end the backups"),
+    ],
+)
+def test_what_somebody_set_that_breaks_a_promise_is_a_problem(minion, name, value, why):
+    """Wherever that was written; pillar may permit it."""
+    conf = Path(minion.call("slmdb_instance.facts")["conf_file"])
+    main, other = conf.parents[1] / "postgresql.conf", conf.with_name("90-by-hand.conf")
+    before = main.read_bytes()
+    execute(minion, f"ALTER SYSTEM SET {name} = '{value}'")
+    try:
+        said = f"{name} is {value} in {AUTO}, line 3: {why}"
+        assert said in problems(minion)
+        assert f"; ALTER SYSTEM RESET {name}, and reload" in problems(minion)
+        execute(minion, f"ALTER SYSTEM RESET {name}")
+        other.write_text(f"{name} = '{value}'\n")
+        assert f"{name} is {value} in {other}, line 1: {why}" in problems(minion)
+        other.unlink()
+        if not name.startswith(("archive", "password")):  # ours come after Debian's file
+            main.write_bytes(before + f"{name} = {value}\n".encode())
+            assert f"{name} is {value} in {main}, line " in problems(minion)
+            minion.tell({"slm_database": {"allow_unsafe": [name]}})
+            assert problems(minion) == ""
+    finally:
+        main.write_bytes(before)
+        execute(minion, f"ALTER SYSTEM RESET {name}")
+    minion.tell(None)
+    assert problems(minion) == ""
+
+
+def test_what_somebody_set_beside_the_pillar_is_one_warning(minion):
+    """Not what is as ours, nor what Debian's own file has; values that may be secret are hidden."""
+    given = {"statement_timeout": "1min", "port": "5432", "primary_conninfo": "password=canary"}
+    try:
+        for name, value in given.items():
+            execute(minion, f"ALTER SYSTEM SET {name} = '{value}'")
+        answer = ask(minion)
+        assert answer["problems"] == []
+        assert "canary" not in json.dumps(answer)
+        (said,) = [line for line in answer["warnings"] if "set beside" in line or "overrid" in line]
+        place = f"{AUTO}, line {{}}; ALTER SYSTEM RESET {{}}, and reload"
+        assert said == "set beside the pillar: " + "; ".join(
+            [
+                f"primary_conninfo = ********** ({place.format(5, 'primary_conninfo')})",
+                f"statement_timeout = 1min ({place.format(3, 'statement_timeout')})",
+            ]
+        )
+    finally:
+        for name in given:
+            execute(minion, f"ALTER SYSTEM RESET {name}")
+    assert ask(minion)["foreign"] == []
+
+
 def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
     minion.tell({"slm_database": {"settings": {"max_connections": 120}}})
     minion.call("slmdb_config.apply")
