@@ -17,7 +17,8 @@ MODE = "0644"
 # Of each setting the line that counts.
 LAST_WORDS = """
 SELECT DISTINCT ON (lower(f.name)) lower(f.name) AS name, f.setting AS value,
-       f.sourcefile AS file, f.sourceline AS line, s.vartype, s.unit
+       f.sourcefile AS file, f.sourceline AS line, s.vartype, s.unit,
+       bool_or(f.sourcefile = %s) OVER () AS read
   FROM pg_file_settings f LEFT JOIN pg_settings s ON lower(s.name) = lower(f.name)
  WHERE f.name IS NOT NULL
  ORDER BY lower(f.name), f.seqno DESC
@@ -265,6 +266,7 @@ def differences() -> dict[str, dict[str, Any]]:
     found = _facts()
     text = content()
     changes = _file_differences(found, text)
+    _refuse_unread()
     if changes:
         _refuse(problems())
     elif __salt__["slmdb_config_file.unread"]([found["conf_file"]]):
@@ -275,6 +277,11 @@ def differences() -> dict[str, dict[str, Any]]:
 def _refuse(lines: list[str]) -> None:
     if lines:
         raise CommandExecutionError("\n".join(lines))
+
+
+def _refuse_unread() -> None:
+    words = __salt__["slmdb_config_file.left_out"]()
+    _refuse([words] if words else [])
 
 
 def _file_differences(found: dict[str, Any], text: str) -> dict[str, dict[str, Any]]:
@@ -333,6 +340,7 @@ def apply() -> None:
                 _refuse(refused)
     if __salt__["slmdb_server.available"]():
         __salt__["slmdb_config_file.load"]([found["conf_file"]], written)
+        _refuse_unread()
         _look(found)
         __salt__["slmdb_since.remember"](pending())
 
@@ -419,6 +427,8 @@ def pending() -> list[dict[str, Any]]:
         "FROM pg_file_settings ORDER BY name, seqno DESC) f USING (name) "
         "WHERE s.pending_restart ORDER BY s.name"
     )
+    if rows and __salt__["slmdb_config_file.left_out"]():
+        rows = [row for row in rows if row["name"] not in wanted()]  # a restart would lose them
     ours, found = _facts()["conf_file"], []
     for row in rows:
         new = row["new"] if row["new"] is not None else "the default"
@@ -444,9 +454,11 @@ def foreign() -> list[dict[str, Any]]:
     if not __salt__["slmdb_server.available"]():
         return []
     settings, paths, found = wanted(), _facts(), []
-    for row in __salt__["slmdb_server.query"](LAST_WORDS):
+    for row in __salt__["slmdb_server.query"](LAST_WORDS, [paths["conf_file"]]):
         kind = row.pop("vartype") or "string", row.pop("unit")
-        name, ours = row["name"], settings.get(row["name"])
+        name = row["name"]
+        # What the server does not read at all is not overridden (slmdb_config_file.left_out).
+        ours = settings.get(name) if row.pop("read") else None
         normal = __salt__["slmdb_conf.normal"]
         same = ours is not None and normal(row["value"], *kind) == normal(ours, *kind)
         if same or row["file"] == paths["conf_file"]:

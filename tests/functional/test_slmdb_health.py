@@ -466,6 +466,38 @@ def test_what_somebody_set_beside_the_pillar_is_one_warning(minion):
     assert ask(minion)["foreign"] == []
 
 
+def test_a_main_file_that_does_not_include_ours_any_more(minion):
+    """The one cause is said, by a run as well, and nothing that would follow from it."""
+    conf = Path(minion.call("slmdb_instance.facts")["conf_file"])
+    main = conf.parents[1] / "postgresql.conf"
+    before = main.read_bytes()
+    main.write_bytes(before.replace(b"include_dir", b"#include_dir"))
+    minion.call("slmdb_service.reload")
+    words = f"{main} does not include {conf.parent}, so that nothing in {conf} counts; add the line"
+    try:
+        for _ in range(100):  # the server takes its time to read
+            archiving = "SELECT pending_restart FROM pg_settings WHERE name = 'archive_mode'"
+            if minion.call("slmdb_server.query", archiving)[0]["pending_restart"]:
+                break
+            time.sleep(0.1)
+        answer = ask(minion)
+        assert [line for line in answer["problems"] if not line.startswith("tables")] == [
+            f"configuration: {words} include_dir = 'conf.d' to it, and reload"
+        ]
+        assert (answer["pending"], answer["foreign"]) == ([], [])
+        for test in (True, False):
+            refused = minion.state("slmdb_config.applied", test=test)
+            assert (refused.result, refused.changes) == (False, {})
+            assert words in refused.comment
+        assert minion.call("slmdb_config.waiting") == []
+    finally:
+        main.write_bytes(before)
+        minion.call("slmdb_service.reload")
+    minion.tell(None)
+    assert minion.state("slmdb_config.applied").changes == {}
+    assert problems(minion) == ""
+
+
 def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
     minion.tell({"slm_database": {"settings": {"max_connections": 120}}})
     minion.call("slmdb_config.apply")
