@@ -14,7 +14,9 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb"
 
 # Values of such PostgreSQL settings hold, or may hold, a password.
-SENSITIVE = re.compile(r"passw|passphrase|conninfo|secret|token|credential", re.IGNORECASE)
+SENSITIVE = re.compile(
+    r"passw(?!ord_encryption)|passphrase|conninfo|secret|token|credential", re.IGNORECASE
+)
 HIDDEN = "**********"
 
 TABLES = """

@@ -15,6 +15,15 @@ __virtualname__ = "slmdb_config"
 TUNED = "slm_database:tuning:profile"
 MEMORY = "# Made for a memory of {}MB.\n"
 MODE = "0644"
+# Of each setting the line that counts.
+LAST_WORDS = """
+SELECT DISTINCT ON (lower(f.name)) lower(f.name) AS name, f.setting AS value,
+       f.sourcefile AS file, f.sourceline AS line, s.vartype, s.unit,
+       bool_or(f.sourcefile = %s) OVER () AS read
+  FROM pg_file_settings f LEFT JOIN pg_settings s ON lower(s.name) = lower(f.name)
+ WHERE f.name IS NOT NULL
+ ORDER BY lower(f.name), f.seqno DESC
+"""
 
 
 def __virtual__() -> str:
@@ -222,12 +231,32 @@ def _blame(words: str) -> str:
     for name in _given():
         if any(name in word or word in str(settings[name]) for word in quoted):
             return _key(name)
-    for row in foreign():
-        if any(word in row["value"] for word in quoted):
-            return f"{row['file']}, line {row['line']}"
+    place = culprit(words)
+    if place:
+        return place
     if "shared memory" in words:
         return _key("shared_buffers")
     return "slm_database:settings"
+
+
+def culprit(words: str) -> str | None:
+    """
+    Return where somebody else wrote what a server's words are about, or None if nobody did.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.culprit 'could not access file "nosuch"'
+
+    words
+        What the server said when it did not start.
+    """
+    quoted, named = re.findall(r'"([^"]+)"', words), re.findall(r"[a-z_]+(?:\.[a-z_]+)?", words)
+    for row in foreign():
+        if row["name"] in named or any(word in row["value"] for word in quoted):
+            return f"{row['file']}, line {row['line']}"
+    return None
 
 
 def _loaded() -> dict[str, dict[str, Any]]:
@@ -258,6 +287,7 @@ def differences() -> dict[str, dict[str, Any]]:
     found = _facts()
     text = content()
     changes = _file_differences(found, text)
+    _refuse_unread()
     if changes:
         _refuse(problems())
     elif __salt__["slmdb_config_file.unread"]([found["conf_file"]]):
@@ -268,6 +298,11 @@ def differences() -> dict[str, dict[str, Any]]:
 def _refuse(lines: list[str]) -> None:
     if lines:
         raise CommandExecutionError("\n".join(lines))
+
+
+def _refuse_unread() -> None:
+    words = __salt__["slmdb_config_file.left_out"]()
+    _refuse([words] if words else [])
 
 
 def _file_differences(found: dict[str, Any], text: str) -> dict[str, dict[str, Any]]:
@@ -326,6 +361,7 @@ def apply() -> None:
                 _refuse(refused)
     if __salt__["slmdb_server.available"]():
         __salt__["slmdb_config_file.load"]([found["conf_file"]], written)
+        _refuse_unread()
         _look(found)
         __salt__["slmdb_since.remember"](pending())
 
@@ -412,6 +448,8 @@ def pending() -> list[dict[str, Any]]:
         "FROM pg_file_settings ORDER BY name, seqno DESC) f USING (name) "
         "WHERE s.pending_restart ORDER BY s.name"
     )
+    if rows and __salt__["slmdb_config_file.left_out"]():
+        rows = [row for row in rows if row["name"] not in wanted()]  # a restart would lose them
     ours, found = _facts()["conf_file"], []
     for row in rows:
         new = row["new"] if row["new"] is not None else "the default"
@@ -422,7 +460,7 @@ def pending() -> list[dict[str, Any]]:
 
 def foreign() -> list[dict[str, Any]]:
     """
-    Return what overrides a setting of ours: another file of ``conf.d``, or ALTER SYSTEM.
+    Return what others set: in another file of ``conf.d``, by ALTER SYSTEM, or not safely anywhere.
 
     CLI Example:
 
@@ -430,16 +468,37 @@ def foreign() -> list[dict[str, Any]]:
 
         salt-call slmdb_config.foreign
 
-    Returns ``name``, ``value``, ``ours``, ``file`` and ``line`` for each; empty if there is none or
-    no server runs. Nothing is deleted.
+    Returns ``name``, ``value``, ``file`` and ``line`` for each, ``ours`` (our value that it
+    overrides, or None) and ``danger`` (why it is not safe, or None); empty if there is none. The
+    files are read where no server can be asked. Nothing is deleted.
     """
-    if not __salt__["slmdb_server.available"]():
-        return []
-    rows = __salt__["slmdb_server.query"](
-        "SELECT DISTINCT ON (lower(name)) lower(name) AS name, setting AS value, "
-        "sourcefile AS file, sourceline AS line FROM pg_file_settings "
-        "ORDER BY lower(name), seqno DESC"
-    )
-    settings, own = wanted(), _facts()["conf_file"]
-    found = [row for row in rows if row["name"] in settings and row["file"] != own]
-    return [{**row, "ours": settings[row["name"]]} for row in found]
+    settings, paths, found = wanted(), _facts(), []
+    if __salt__["slmdb_server.available"]():
+        rows = __salt__["slmdb_server.query"](LAST_WORDS, [paths["conf_file"]])
+    else:
+        rows = _last_words()
+    for row in rows:
+        kind = row.pop("vartype") or "string", row.pop("unit")
+        name = row["name"]
+        # What the server does not read at all is not overridden (slmdb_config_file.left_out).
+        ours = settings.get(name) if row.pop("read") else None
+        normal = __salt__["slmdb_conf.normal"]
+        same = ours is not None and normal(row["value"], *kind) == normal(ours, *kind)
+        if same or row["file"] == paths["conf_file"]:
+            continue
+        danger = __salt__["slmdb_limits.danger"](name, row["value"])
+        # Debian's own file sets much that is nobody's choice.
+        if ours is not None or danger or row["file"] != paths["config_file"]:
+            found.append({**row, "ours": ours, "danger": danger})
+    return found
+
+
+def _last_words() -> list[dict[str, Any]]:
+    """LAST_WORDS without a server."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in __salt__["slmdb_config_file.paths"]():
+        text = (__salt__["slmdb_file.read"](path) or b"").decode(errors="replace")
+        for number, name, value in __salt__["slmdb_conf.lines"](text):
+            place = {"name": name, "value": value, "file": path, "line": number}
+            found[name] = {**place, "vartype": None, "unit": None, "read": True}
+    return [found[name] for name in sorted(found)]

@@ -14,19 +14,27 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb_config_file"
 
 PATIENCE = 15
+AUTO = "postgresql.auto.conf"  # what ALTER SYSTEM writes
 
 # A setting that waits for a restart is listed there as one that could not be applied, and one that
 # was taken out, and waits, as an error without a name, a file and a line.
 ERRORS = """
 SELECT f.name, f.error, f.sourcefile AS file, f.sourceline AS line,
-       s.context IS NOT NULL AS known
+       s.context IS NOT NULL AS known, f.seqno
   FROM pg_file_settings f LEFT JOIN pg_settings s USING (name)
  WHERE f.error IS NOT NULL
    AND (s.context = 'postmaster' AND f.error = 'setting could not be applied') IS NOT TRUE
    AND NOT (f.name IS NULL AND f.sourcefile IS NULL AND EXISTS (
        SELECT FROM pg_settings waits
         WHERE waits.pending_restart AND position(waits.name IN f.error) > 0))
- ORDER BY f.seqno
+ UNION ALL SELECT NULL, left_out, NULL, NULL, false, 0 FROM ({left_out}) one
+ ORDER BY seqno
+"""
+# A main file from elsewhere, or an edit, may lack Debian's include_dir.
+LEFT_OUT = """
+SELECT %(words)s AS left_out WHERE %(ours)s <> '' AND NOT EXISTS (
+       SELECT FROM pg_file_settings
+        WHERE sourcefile = %(ours)s OR position(%(ours)s IN error) > 0)
 """
 
 
@@ -48,7 +56,53 @@ def errors() -> list[dict[str, Any]]:
     setting) for each; empty if there is none. Raises CommandExecutionError if the server does not
     answer.
     """
-    return __salt__["slmdb_server.query"](ERRORS)
+    rows = __salt__["slmdb_server.query"](ERRORS.replace("{left_out}", LEFT_OUT), _ours())
+    return [{key: row[key] for key in row if key != "seqno"} for row in rows]
+
+
+def _ours() -> dict[str, str]:
+    found = __salt__["slmdb_instance.facts"]()
+    ours = found["conf_file"]
+    words = (
+        f"{found['config_file']} does not include {os.path.dirname(ours)}, so that nothing in "
+        f"{ours} counts; add the line include_dir = 'conf.d' to it, and reload"
+    )
+    return {"ours": ours if os.path.exists(ours) else "", "words": words}
+
+
+def paths() -> list[str]:
+    """
+    Return the files of the configuration, in the order in which a server reads them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config_file.paths
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    directory = f"{found['config_directory']}/conf.d"
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    files = [f"{directory}/{name}" for name in names if name.endswith(".conf")]
+    return [found["config_file"], *files, f"{found['data_directory']}/{AUTO}"]
+
+
+def left_out() -> str | None:
+    """
+    Say that the running server does not read our file, because its main file does not include it.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config_file.left_out
+
+    Returns one line with what to do; None if it reads it, there is none, or no server runs.
+    """
+    if not __salt__["slmdb_server.available"]():
+        return None
+    rows = __salt__["slmdb_server.query"](LEFT_OUT, _ours())
+    return rows[0]["left_out"] if rows else None
 
 
 def lines() -> list[str]:

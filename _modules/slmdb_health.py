@@ -316,11 +316,20 @@ def _overrides(row: dict[str, Any]) -> list[dict[str, str]]:
     found = []
     for settings, command in row.get("overrides") or []:
         for name, _, value in (one.partition("=") for one in settings):
-            # Whoever invents a setting, which has a dot, may keep anything in it.
-            hidden = "." in name or __salt__["slmdb.holds_secret"](name, value)
-            shown = "**********" if hidden else value
+            shown = _shown(name, value)
             found.append({"name": name, "value": shown, "reset": f"{command} RESET {name}"})
     return found
+
+
+def _shown(name: str, value: str) -> str:
+    # Whoever invents a setting, which has a dot, may keep anything in it.
+    hidden = "." in name or __salt__["slmdb.holds_secret"](name, value)
+    return "**********" if hidden else value
+
+
+def _foreign() -> list[dict[str, Any]]:
+    rows = __salt__["slmdb_config.foreign"]()
+    return [{**row, "value": _shown(row["name"], row["value"])} for row in rows]
 
 
 def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, Any]) -> dict:
@@ -409,8 +418,8 @@ def report(timeout: float | None = None) -> dict[str, Any]:
 
     Returns ``healthy``, ``problems``, ``warnings``, ``server``, ``access``, ``migration``,
     ``tables``, ``capacity``, ``secret``, ``backup`` and ``pending``; further ``foreign`` (what
-    overrides our settings), ``configuration`` (errors in the server's files) and ``fixed`` (what
-    only a rebuild changes). Raises nothing.
+    others set in the server's files), ``configuration`` (errors in them) and ``fixed`` (what only a
+    rebuild changes). Raises nothing.
     """
     begun = time.monotonic()
     answer, parts = empty(), _Parts()
@@ -460,6 +469,8 @@ def _fill(
                 answer["tables"][what] = inside.get(what)
         if row:
             _fill_from_server(answer, parts)
+        elif found["exists"] and not found["running"]:
+            answer["foreign"] = parts.get("foreign", _foreign, default=[])
         answer["secret"] = parts.get(
             "secret", __salt__["slmdb_secret.facts"], bool(row), default={}
         )
@@ -481,5 +492,5 @@ def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:
     errors = __salt__["slmdb_config_file.lines"]
     answer["configuration"] = parts.get("configuration", errors, default=[])
     answer["pending"] = parts.get("pending", __salt__["slmdb_config.pending"], default=[])
-    answer["foreign"] = parts.get("foreign", __salt__["slmdb_config.foreign"], default=[])
+    answer["foreign"] = parts.get("foreign", _foreign, default=[])
     answer["fixed"] = parts.get("instance", __salt__["slmdb_instance.report"], default=[])

@@ -46,7 +46,7 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
     problems = [*_server(report, settings), *_inside(report, settings), *_access(report, settings)]
     warnings = [*_unit_warnings(report), *_address_warnings(report, settings)]
     warnings += _lost_secrets(report, settings)
-    for part in (_secret, _upkeep, _capacity):
+    for part in (_secret, _upkeep, _capacity, _foreign):
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
     warnings += [f"access rule: {line}" for line in report["access"]["shadowed"]]
@@ -299,9 +299,28 @@ def _migration(report: dict[str, Any]) -> Iterator[str]:
 def _waiting(report: dict[str, Any]) -> Iterator[str]:
     for row in report["pending"] or []:
         yield f"{row['name']} {row['old']} → {row['new']} waits for a restart since {row['since']}"
-    for row in report.get("foreign") or []:
-        yield (
-            f"{row['name']} is {row['value']} in {row['file']}, line {row['line']}, "
-            f"which overrides ours ({row['ours']})"
-        )
     yield from report.get("fixed") or []
+
+
+def _foreign(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """What others set, each with its place and what takes it away."""
+    beside = []
+    undo = _undo if report["server"]["running"] else lambda row: "take the line out"
+    for row in report.get("foreign") or []:
+        place = f"{row['file']}, line {row['line']}"
+        value = " ".join(row["value"].split())
+        if row["danger"]:
+            yield True, f"{row['name']} is {value} in {place}: {row['danger']}; {undo(row)}"
+        elif row["ours"] is not None:
+            words = f"which overrides ours ({row['ours']}); {undo(row)}"
+            yield False, f"{row['name']} is {value} in {place}, {words}"
+        else:
+            beside.append(f"{row['name']} = {value} ({place}; {undo(row)})")
+    if beside:
+        yield False, f"set beside the pillar: {'; '.join(beside)}"
+
+
+def _undo(row: dict[str, Any]) -> str:
+    if row["file"].endswith("/postgresql.auto.conf"):
+        return f"ALTER SYSTEM RESET {row['name']}, and reload"
+    return "take the line out, and reload"

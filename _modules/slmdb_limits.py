@@ -40,6 +40,10 @@ _ARCHIVING: dict[str, tuple[str | None, str]] = {
     "archive_command": (None, "WAL would be archived elsewhere"),
     "archive_library": (None, "WAL would be archived elsewhere"),
 }
+# What the server itself refuses for our file, and what others may have written all the same.
+_ELSEWHERE: dict[str, tuple[str | None, str]] = {
+    "default_transaction_read_only": ("on", "the application may not write"),
+}
 HUGE_PAGES = "/sys/kernel/mm/hugepages"
 _PAGES = ("free_hugepages", "resv_hugepages")
 _FILES = ("ssl_cert_file", "ssl_key_file", "ssl_ca_file", "ssl_crl_file", "ssl_dh_params_file")
@@ -86,7 +90,10 @@ def promises(settings: dict[str, Any], allowed: list[str], data_directory: str) 
         text = __salt__["slmdb_conf.text"](value)
         unarchived = _unarchived(name.lower(), text)
         if unarchived:
-            found.append(f"slm_database:settings:{name}: {unarchived}")
+            found.append(
+                f"slm_database:settings:{name}: {unarchived}; "
+                "remove it, or set slm_database:backup:enabled: false"
+            )
             continue
         reason = _broken(name.lower(), text, data_directory)
         if reason:
@@ -98,14 +105,40 @@ def promises(settings: dict[str, Any], allowed: list[str], data_directory: str) 
 
 
 def _unarchived(name: str, value: str) -> str | None:
-    """Why backups cannot be with a setting, and what to do, in one line."""
+    """Why backups cannot be with a setting."""
     forbidden, reason = _ARCHIVING.get(name, ("", ""))
     if not reason or not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return None
     if forbidden is not None and not _is(value, forbidden):
         return None
     shown = f"{forbidden} would end the backups" if forbidden else "it would end the backups"
-    return f"{shown}: {reason}; remove it, or set slm_database:backup:enabled: false"
+    return f"{shown}: {reason}"
+
+
+def danger(name: str, value: str) -> str | None:
+    """
+    Return why a setting that somebody wrote beside the formula is not safe, or None if it is.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_limits.danger fsync off
+
+    name
+        Name of the setting, in lower case.
+
+    value
+        Its value, as the server reads it from a file.
+
+    What ``slm_database:allow_unsafe`` names is the operator's own choice.
+    """
+    if name in [one.lower() for one in __salt__["slmdb_pillar.get"]("allow_unsafe")]:
+        return None
+    forbidden, reason = {**_PROMISES, **_ELSEWHERE}.get(name, (None, ""))
+    if forbidden is not None and _is(value, forbidden):
+        return reason
+    return _unarchived(name, value)
 
 
 def _is(value: str, forbidden: str) -> bool:

@@ -402,6 +402,102 @@ def test_a_configuration_file_that_the_server_would_refuse(minion, line, words):
         other.unlink()
 
 
+AUTO = Path("/var/lib/postgresql/15/main/postgresql.auto.conf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("fsync", "off", "a crash of the host would destroy the database"),
+        ("full_page_writes", "false", "a crash of the host would destroy the database"),
+        ("autovacuum", "off", "the transaction ids would run out"),
+        ("password_encryption", "md5", "passwords are kept as SCRAM-SHA-256 verifiers"),
+        ("default_transaction_read_only", "on", "the application may not write"),
+        ("archive_mode", "off", "off would end the backups: no WAL would be archived"),
+        ("archive_command", "/bin/true", "it would end the backups"),
+    ],
+)
+def test_what_somebody_set_that_breaks_a_promise_is_a_problem(minion, name, value, why):
+    """Wherever that was written; pillar may permit it."""
+    conf = Path(minion.call("slmdb_instance.facts")["conf_file"])
+    main, other = conf.parents[1] / "postgresql.conf", conf.with_name("90-by-hand.conf")
+    before = main.read_bytes()
+    execute(minion, f"ALTER SYSTEM SET {name} = '{value}'")
+    try:
+        said = f"{name} is {value} in {AUTO}, line 3: {why}"
+        assert said in problems(minion)
+        assert f"; ALTER SYSTEM RESET {name}, and reload" in problems(minion)
+        execute(minion, f"ALTER SYSTEM RESET {name}")
+        other.write_text(f"{name} = '{value}'\n")
+        assert f"{name} is {value} in {other}, line 1: {why}" in problems(minion)
+        other.unlink()
+        if not name.startswith(("archive", "password")):  # ours come after Debian's file
+            main.write_bytes(before + f"{name} = {value}\n".encode())
+            assert f"{name} is {value} in {main}, line " in problems(minion)
+            minion.tell({"slm_database": {"allow_unsafe": [name]}})
+            assert problems(minion) == ""
+    finally:
+        main.write_bytes(before)
+        execute(minion, f"ALTER SYSTEM RESET {name}")
+    minion.tell(None)
+    assert problems(minion) == ""
+
+
+def test_what_somebody_set_beside_the_pillar_is_one_warning(minion):
+    """Not what is as ours, nor what Debian's own file has; values that may be secret are hidden."""
+    given = {"statement_timeout": "1min", "port": "5432", "primary_conninfo": "password=canary"}
+    try:
+        for name, value in given.items():
+            execute(minion, f"ALTER SYSTEM SET {name} = '{value}'")
+        answer = ask(minion)
+        assert answer["problems"] == []
+        assert "canary" not in json.dumps(answer)
+        (said,) = [line for line in answer["warnings"] if "set beside" in line or "overrid" in line]
+        place = f"{AUTO}, line {{}}; ALTER SYSTEM RESET {{}}, and reload"
+        assert said == "set beside the pillar: " + "; ".join(
+            [
+                f"primary_conninfo = ********** ({place.format(5, 'primary_conninfo')})",
+                f"statement_timeout = 1min ({place.format(3, 'statement_timeout')})",
+            ]
+        )
+    finally:
+        for name in given:
+            execute(minion, f"ALTER SYSTEM RESET {name}")
+    assert ask(minion)["foreign"] == []
+
+
+def test_a_main_file_that_does_not_include_ours_any_more(minion):
+    """The one cause is said, by a run as well, and nothing that would follow from it."""
+    conf = Path(minion.call("slmdb_instance.facts")["conf_file"])
+    main = conf.parents[1] / "postgresql.conf"
+    before = main.read_bytes()
+    main.write_bytes(before.replace(b"include_dir", b"#include_dir"))
+    minion.call("slmdb_service.reload")
+    words = f"{main} does not include {conf.parent}, so that nothing in {conf} counts; add the line"
+    try:
+        for _ in range(100):  # the server takes its time to read
+            archiving = "SELECT pending_restart FROM pg_settings WHERE name = 'archive_mode'"
+            if minion.call("slmdb_server.query", archiving)[0]["pending_restart"]:
+                break
+            time.sleep(0.1)
+        answer = ask(minion)
+        assert [line for line in answer["problems"] if not line.startswith("tables")] == [
+            f"configuration: {words} include_dir = 'conf.d' to it, and reload"
+        ]
+        assert (answer["pending"], answer["foreign"]) == ([], [])
+        for test in (True, False):
+            refused = minion.state("slmdb_config.applied", test=test)
+            assert (refused.result, refused.changes) == (False, {})
+            assert words in refused.comment
+        assert minion.call("slmdb_config.waiting") == []
+    finally:
+        main.write_bytes(before)
+        minion.call("slmdb_service.reload")
+    minion.tell(None)
+    assert minion.state("slmdb_config.applied").changes == {}
+    assert problems(minion) == ""
+
+
 def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
     minion.tell({"slm_database": {"settings": {"max_connections": 120}}})
     minion.call("slmdb_config.apply")

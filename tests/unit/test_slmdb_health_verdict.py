@@ -66,6 +66,7 @@ WELL = {
 }
 MATRIX = {"login": "postgres over ::1", "expected": "refused", "judged": "admitted"}
 HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000}
+ELSEWHERE = {"name": "n", "value": "1", "ours": None, "danger": None, "file": "/f", "line": 3}
 DISK = {"path": "/data", "free_bytes": 1}
 
 
@@ -129,6 +130,7 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("configuration", ["file, line 2: bad"], "configuration: file, line 2: bad"),
         ("access.rule_errors", ["file, line 3: bad"], "access rule: file, line 3: bad"),
         ("access.matrix", [{**MATRIX, "right": False, "key": "line 1"}], "would be admitted"),
+        ("foreign", [{**ELSEWHERE, "danger": "why"}], "n is 1 in /f, line 3: why; take the line"),
         ("secret.problem", "the key is there twice", "secret: the key is there twice"),
         ("secret.exists", False, f"there is no {FILE}"),
         ("secret.in_step", False, "the password is not the server's"),
@@ -185,8 +187,14 @@ def test_a_problem(judge, path, value, words):
         ("pending", [{"name": "n", "old": "1", "new": "2", "since": "now"}], "n 1 → 2 waits"),
         (
             "foreign",
-            [{"name": "n", "value": "1", "ours": "2", "file": "/f", "line": 3}],
-            "n is 1 in /f, line 3, which overrides ours (2)",
+            [{**ELSEWHERE, "ours": "2"}],
+            "n is 1 in /f, line 3, which overrides ours (2); take the line out, and reload",
+        ),
+        (
+            "foreign",
+            [ELSEWHERE, {**ELSEWHERE, "name": "m", "file": "/postgresql.auto.conf"}],
+            "set beside the pillar: n = 1 (/f, line 3; take the line out, and reload); "
+            "m = 1 (/postgresql.auto.conf, line 3; ALTER SYSTEM RESET m, and reload)",
         ),
         ("fixed", ["data checksums are off"], "data checksums are off"),
     ],
