@@ -60,7 +60,7 @@ def _get(*keys: str) -> Any:
 
 def settings() -> dict[str, str]:
     """
-    Return the server's settings that archive its WAL; none while ``backup:enabled`` is false.
+    Return the server's settings that archive its WAL; while ``backup:enabled`` is false, nowhere.
 
     CLI Example:
 
@@ -71,7 +71,8 @@ def settings() -> dict[str, str]:
     Returns name to value. Raises what wrong settings raise.
     """
     if not _get("enabled"):
-        return {}
+        # archive_mode ends with a restart; until then a server without a command keeps all WAL.
+        return {"archive_command": "/bin/true"}
     return {
         "wal_level": "replica",
         "archive_mode": "on",
@@ -303,7 +304,8 @@ def apply() -> None:
     for path, (owner, group, mode) in _directories().items():
         if not os.path.isdir(path) or _another_owner(path, owner):
             _make(path, owner, group, mode)
-    for path, data in _files().items():
+    # What is removed goes last: it may be the only copy of a key that will be kept elsewhere.
+    for path, data in sorted(_files().items(), key=lambda file: file[1] is None):
         if data is None:
             __salt__["slmdb_file.remove"](path)
         else:

@@ -31,6 +31,10 @@ TREES = re.compile(r"last-good|original|pgbackrest(/lock|/spool(/archive(/[^/]+(
 # The Salt of bin/apply, and the copies that the timers ran: not this module's to remove.
 OTHERS = ("salt", "formula")
 
+ARCHIVING = """
+SELECT current_setting('archive_mode') AS mode, current_setting('archive_command') AS command
+"""
+
 
 def __virtual__() -> str:
     return __virtualname__
@@ -188,6 +192,14 @@ def kept() -> list[str]:
     if __salt__["slmdb_server.available"]():
         roles = __salt__["slmdb_role.read"](list(__salt__["slmdb_role.wanted"]()))
         lines += [f"kept: role {role} (slm_database:clean:role)" for role in sorted(roles)]
+        (archiving,) = __salt__["slmdb_server.query"](ARCHIVING)
+        nobody = not archiving["command"] or "/autobot-slm" in archiving["command"]
+        if archiving["mode"] != "off" and nobody:
+            restart = f"pg_ctlcluster {found['version']} {found['name']} restart"
+            lines.append(
+                "kept: the server archives its WAL until it is restarted, and nobody takes it any "
+                f"more: it piles up in pg_wal ({restart})"
+            )
     secret = __salt__["slmdb_pillar.get"]("secret", "file")
     if os.path.exists(secret):
         lines.append(f"kept: {secret} (slm_database:clean:secret)")

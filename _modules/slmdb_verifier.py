@@ -17,6 +17,7 @@ import stringprep
 import time
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 from salt.exceptions import CommandExecutionError
 from salt.loader.dunder import __opts__
@@ -30,12 +31,16 @@ _ITERATIONS = 4096
 _SETTER = "slmdb secret"
 _SETTERS = "SELECT pid FROM pg_catalog.pg_stat_activity WHERE application_name = %s"
 _PATIENCE = 10
-_QUIET = (
-    "SET LOCAL log_statement = 'none'",
-    "SET LOCAL log_min_duration_statement = -1",
-    "SET LOCAL log_min_error_statement = 'panic'",
-    "SET LOCAL pg_stat_statements.track_utility = off",
-)
+# As the session begins: a transaction is sampled or not before its first statement.
+_QUIET = {
+    "log_statement": "none",
+    "log_min_duration_statement": "-1",
+    "log_min_duration_sample": "-1",
+    "log_transaction_sample_rate": "0",
+    "log_min_error_statement": "panic",
+    "pg_stat_statements.track_utility": "off",
+    "track_activities": "off",
+}
 
 
 def __virtual__() -> str:
@@ -236,18 +241,19 @@ def put(role: str, password: str) -> None:
     )
     verifier = make(password, int(shown[0]["iterations"] or _ITERATIONS))
     alter = sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), sql.Literal(verifier))
-    _alone([*_QUIET, alter])
+    _alone(alter)
 
 
-def _alone(statements: list) -> None:
-    """Run statements in one transaction of a session that others can tell by its name."""
+def _alone(statement: Any) -> None:
+    """Run a statement in a session that others can tell by its name, and by nothing else."""
     import psycopg2
 
-    connection = __salt__["slmdb_server.connect"](application_name=_SETTER)
+    quiet = " ".join(f"-c {name}={value}" for name, value in _QUIET.items())
+    options = f"{__salt__['slmdb_server.options']()} {quiet}"
+    connection = __salt__["slmdb_server.connect"](application_name=_SETTER, options=options)
     try:
         with connection, connection.cursor() as cursor:
-            for statement in statements:
-                cursor.execute(statement)
+            cursor.execute(statement)
     except psycopg2.Error as err:
         said = err.diag.message_primary or type(err).__name__
         raise CommandExecutionError(f"the password could not be set: {said}") from None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -65,10 +66,53 @@ def test_nothing_happens_if_it_is_not_enabled(server, minions):
     for state in STATES:
         result = server.state(state)
         assert (result.result, result.changes) == (True, {})
-    assert "archive_mode" not in server.call("slmdb_config.wanted")
+    wanted = server.call("slmdb_config.wanted")
+    assert "archive_mode" not in wanted and wanted["archive_command"] == "/bin/true"
     assert "pgbackrest" not in server.call("slmdb_package.names")
     with pytest.raises(SaltInvocationError, match="backup:enabled"):
         server.call("slmdb_backup.create")
+
+
+@pytest.mark.once
+def test_wal_does_not_pile_up_after_backups_were_switched_off(ready, minions):
+    """The archiving itself ends with a restart only; until then there is nobody for its WAL."""
+    off = minions(OFF)
+    assert off.state("slmdb_config.applied").changes
+    assert off.call("slmdb_server.query", "SHOW archive_mode") == [{"archive_mode": "on"}]
+    waiting = Path("/var/lib/postgresql/15/main/pg_wal/archive_status")
+    for _ in range(3):
+        off.call("slmdb_server.execute", "SELECT pg_logical_emit_message(true, 'a', 'b')")
+        off.call("slmdb_server.query", "SELECT pg_switch_wal()::text AS at")
+    for _ in range(100):
+        if not list(waiting.glob("*.ready")):
+            break
+        time.sleep(0.1)
+    assert list(waiting.glob("*.done")) and not list(waiting.glob("*.ready"))
+    off.call("slmdb_server.forget")
+
+
+@pytest.mark.once
+def test_what_a_clean_leaves_says_that_wal_piles_up(ready):
+    """The command is gone with our configuration, and archive_mode is not until a restart."""
+    for state in ("slmdb_backup.absent", "slmdb_config.absent"):
+        assert ready.state(state).result is True
+    (line,) = [line for line in ready.call("slmdb_record.kept") if "pg_wal" in line]
+    assert line.endswith("(pg_ctlcluster 15 main restart)")
+    ready.call("slmdb_service.restart")
+    assert [line for line in ready.call("slmdb_record.kept") if "pg_wal" in line] == []
+
+
+@pytest.mark.once
+def test_a_key_is_kept_before_it_is_removed(ready, minions):
+    """No moment and no full disk may lose the only key of a repository."""
+    text = KEY.read_bytes()
+    kept = Path(f"{KEY}.kept")
+    kept.touch()
+    subprocess.run(["mount", "--bind", kept, kept], check=True)  # nothing is renamed onto it
+    plain = minions({"slm_database": {"backup": {"path": "/srv/plain", "encryption": False}}})
+    with pytest.raises(CommandExecutionError, match=str(kept)):
+        plain.call("slmdb_pgbackrest.apply")
+    assert KEY.read_bytes() == text
 
 
 def test_the_key_is_made_once_and_stays_where_it_is(ready):

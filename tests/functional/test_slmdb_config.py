@@ -343,7 +343,7 @@ def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
     assert failed.result is False and words in failed.comment
     way_out = f"; ALTER SYSTEM wrote that: take it out of {place}, and start again"
     assert failed.comment.endswith(way_out)
-    said = " | ".join(sum((settled.call("slmdb.health")[what] for what in SAID), []))
+    said = " | ".join(line for what in SAID for line in settled.call("slmdb.health")[what])
     if line != "nonsense":
         name = line.partition(" ")[0]
         assert f"{name} = " in said or f"{name} is " in said

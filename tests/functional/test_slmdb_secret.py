@@ -937,12 +937,39 @@ def test_clean_knows_owners_whose_accounts_are_gone(host, minions):
 def test_the_server_sees_verifiers_only(host):
     """With every statement logged, neither password nor verifier is in the server's log."""
     secrets.psql("ALTER SYSTEM SET log_statement = 'all'")
+    secrets.psql("ALTER SYSTEM SET log_transaction_sample_rate = 1")
     secrets.psql("SELECT pg_reload_conf()")
     apply(host)
     log = b"".join(path.read_bytes() for path in Path("/var/log/postgresql").rglob("*.log"))
     assert b"SELECT rolpassword" in log
     assert secrets.value("SLM_DB_PASSWORD").encode() not in log
     assert secrets.stored().encode() not in log
+
+
+WATCH = """
+BEGIN; ALTER ROLE autobot_slm CONNECTION LIMIT -1; SELECT 'the role is locked';
+CREATE TEMPORARY VIEW ours AS SELECT query FROM pg_stat_activity
+ WHERE application_name = 'slmdb secret' AND wait_event_type = 'Lock';
+DO $$ BEGIN FOR turn IN 1..300 LOOP
+  PERFORM pg_stat_clear_snapshot(); EXIT WHEN EXISTS (SELECT FROM ours); PERFORM pg_sleep(0.1);
+END LOOP; END $$;
+SELECT count(*), max(query) FROM ours;
+"""
+
+
+def test_nobody_who_watches_sees_a_verifier(host):
+    """Not even a session that may read everybody's statements, while ours waits for a lock."""
+    apply(host)
+    command = ["runuser", "-u", "postgres", "--", "psql", "-qAt", "-c", WATCH.replace("\n", " ")]
+    script = Path("/tmp/watch.sql")
+    script.write_text(WATCH)
+    command = ["runuser", "-u", "postgres", "--", "psql", "-qAt", "-f", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout.readline() == "the role is locked\n"
+        host.call("slmdb_verifier.put", "autobot_slm", "another one")
+        seen, _ = watcher.communicate()
+    assert seen == "1|\n"
+    assert secrets.log_in("another one")
 
 
 def test_an_unreadable_file_is_an_error_of_one_line(host):
