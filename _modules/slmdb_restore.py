@@ -566,19 +566,20 @@ def in_place(
     chosen = plan(time, label, restore_point)
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"
     # What one that was killed left.
-    _remove(*(one for one in _tablespaces(new) if one.startswith(f"{data}.tablespaces-")), new)
+    spaces = {os.path.dirname(one) for one in _tablespaces(new)}
+    _remove(*(one for one in spaces if one.startswith(f"{data}.tablespaces-")), new)
     refuse = __salt__["slmdb_disk.refuse"]
     refuse(os.path.dirname(data), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
     gap = gap or __salt__["slmdb_backup_gap.damaged"](chosen)
     if gap:
         raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
-    spaces = files(new, chosen, archive=True, beside=data)
+    made = files(new, chosen, archive=True, beside=data)
     try:
         if chosen["ends"]:
             __salt__["slmdb_replay.run"](new)
     except CommandExecutionError as err:
-        _remove(new, spaces)
+        _remove(new, made)
         raise CommandExecutionError(_reason(err, chosen)) from None
     running = _stopped(found)
     try:
@@ -592,7 +593,7 @@ def in_place(
         _started(data, found["port"], found["name"])
     except (CommandExecutionError, OSError) as err:
         _put_back(data, kept, running)
-        _remove(new, spaces)
+        _remove(new, made)
         raise CommandExecutionError(_reason(err, chosen)) from None
     return {
         "instance": own,
