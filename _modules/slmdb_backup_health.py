@@ -55,10 +55,11 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
     ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
     ``last``, ``failed``, ``lacks`` (a segment from before it came into use) and ``closed`` (what
-    the server cannot use)), ``keys`` (what is wrong with them), ``aside`` (the data that a restore
-    left there), ``wal`` (``archived``, ``archived_at``, ``waiting_seconds``, ``failing``,
-    ``reason``, ``gap``), ``verified``, ``drill`` and ``copy`` (as their modules have them). Raises
-    ``CommandExecutionError`` if the settings cannot be told.
+    the server cannot use)), ``keys`` (what is wrong with them), ``stopped`` (a line for each unit
+    that is), ``aside`` (the data that a restore left there), ``wal`` (``archived``,
+    ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``), ``verified``, ``drill``
+    and ``copy`` (as their modules have them). Raises ``CommandExecutionError`` if the settings
+    cannot be told.
     """
     if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
         return {"enabled": False}
@@ -69,6 +70,7 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
         "enabled": True,
         "since": _moment(__salt__["slmdb_pgbackrest.since"]()),
         "repositories": [_repository(row, runs) for row in described],
+        "stopped": _stopped(),
         "aside": __salt__["slmdb_instance.aside"](),
         "keys": [line for number in encrypted for line in _key(number)],
         "wal": _wal(archiver or {}, runs, logged),
@@ -89,6 +91,20 @@ def _kept(path: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return kept if isinstance(kept, dict) else {}
+
+
+def _stopped() -> list[str]:
+    """Jobs that systemd will not start, as far as the report's one question to it was answered."""
+    units = __context__.get("slmdb_units") or {}
+    shown = [(name, told) for name, told in units.items() if name.startswith("autobot-slm-backup-")]
+    lines = []
+    for name, told in shown:
+        load, state = (told.get(key, [""])[0] for key in ("LoadState", "ActiveState"))
+        if load == "masked":
+            lines.append(f"{name} is masked")
+        elif name.endswith(".timer") and told and state != "active":
+            lines.append(f"{name} is {state}")
+    return lines
 
 
 def _tail(path: str) -> str:
@@ -385,6 +401,7 @@ def _judge(
     warnings: list[str],
 ) -> None:
     problems += found["keys"]
+    problems += [f"{line}; state.apply slm_database.backup mends it" for line in found["stopped"]]
     if found["aside"]:
         problems.append(
             f"a restore in place was interrupted, the data is in {found['aside']}: repeat the "

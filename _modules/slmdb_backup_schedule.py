@@ -189,13 +189,22 @@ def differences() -> dict[str, Any]:
         salt-call slmdb_backup_schedule.differences
 
     Returns ``{what: {"old": …, "new": …}}``, empty if nothing differs. Raises
-    ``CommandExecutionError`` if a file cannot be read.
+    ``CommandExecutionError`` if a file cannot be read, or systemd cannot be asked.
     """
     changes: dict[str, Any] = {}
-    for path, data in _files().items():
+    files = _files()
+    timers = [path for path, data in files.items() if data and path.endswith(".timer")]
+    # What another state of this run was told just now, but only once.
+    kept = __context__.pop("slmdb_jobs", None)
+    shown = kept or __salt__["slmdb_service.units"]() if timers else {}
+    for path, data in files.items():
         changes.update(__salt__["slmdb_file.differences"](path, data))
-        if data and path.endswith(".timer") and not os.path.islink(_link(path)):
-            changes[os.path.basename(path)] = {"old": "not enabled", "new": "enabled"}
+    for name, path in ((os.path.basename(path), path) for path in timers):
+        state = shown[name].get("ActiveState", ["inactive"])[0]
+        if not os.path.islink(_link(path)):
+            changes[name] = {"old": "not enabled", "new": "enabled"}
+        elif state != "active":
+            changes[name] = {"old": state, "new": "active"}
     return changes
 
 

@@ -25,6 +25,12 @@ __virtualname__ = "slmdb_restore"
 
 MARGIN = 1.1
 SAME = 86400  # seconds
+# What date prints in the usual languages of a server.
+DATE = (
+    "%a %b %d %H:%M:%S UTC %Y",
+    "%a %b %d %I:%M:%S %p UTC %Y",
+    "%a %d %b %Y %I:%M:%S %p UTC",
+)
 # The target in words, pgBackRest's options for it, the backup, and the timeline.
 _Way = tuple[str, list[str], dict[str, Any], dict[str, Any]]
 # What a server in recovery needs to have at least as large as the one that wrote the WAL.
@@ -43,13 +49,26 @@ def __virtual__() -> str:
 
 def _utc(text: str) -> datetime:
     try:
-        moment = datetime.fromisoformat(str(text).strip().replace("Z", "+00:00"))
+        moment = _moment(" ".join(str(text).split()))
     except ValueError:
         raise SaltInvocationError(
             f"time: {str(text)[:40]!r} is no moment; allowed: such as 2026-11-23T20:15:00+00:00 "
             "(without an offset it is UTC)"
         ) from None
     return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def _moment(words: str) -> datetime:
+    """As ISO 8601 has it, or as date prints it; of the zones by name only UTC is sure."""
+    for form in DATE:
+        with contextlib.suppress(ValueError):
+            moment = datetime.strptime(words, form)
+            if words.startswith(moment.strftime("%a ")):
+                return moment
+    moment = datetime.fromisoformat(words.removesuffix(" UTC").replace("Z", "+00:00"))
+    if moment.tzinfo and words.endswith(" UTC"):
+        raise ValueError("two zones")
+    return moment
 
 
 def _backups() -> list[dict[str, Any]]:
@@ -567,19 +586,20 @@ def in_place(
     chosen = plan(time, label, restore_point)
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"
     # What one that was killed left.
-    _remove(*(one for one in _tablespaces(new) if one.startswith(f"{data}.tablespaces-")), new)
+    spaces = {os.path.dirname(one) for one in _tablespaces(new)}
+    _remove(*(one for one in spaces if one.startswith(f"{data}.tablespaces-")), new)
     refuse = __salt__["slmdb_disk.refuse"]
     refuse(os.path.dirname(data), "the restore", chosen["bytes"] * MARGIN)
     gap = __salt__["slmdb_backup_gap.words"](chosen, _archive_all(found))
     gap = gap or __salt__["slmdb_backup_gap.damaged"](chosen)
     if gap:
         raise CommandExecutionError(f"{gap}; a time before it can be restored in place")
-    spaces = files(new, chosen, archive=True, beside=data)
+    made = files(new, chosen, archive=True, beside=data)
     try:
         if chosen["ends"]:
             __salt__["slmdb_replay.run"](new)
     except CommandExecutionError as err:
-        _remove(new, spaces)
+        _remove(new, made)
         raise CommandExecutionError(_reason(err, chosen)) from None
     running = _stopped(found)
     try:
@@ -593,7 +613,7 @@ def in_place(
         _started(data, found["port"], found["name"])
     except (CommandExecutionError, OSError) as err:
         _put_back(data, kept, running)
-        _remove(new, spaces)
+        _remove(new, made)
         raise CommandExecutionError(_reason(err, chosen)) from None
     return {
         "instance": own,

@@ -111,7 +111,7 @@ def unit_state() -> dict:
 
 def units() -> dict[str, dict[str, list[str]]]:
     """
-    Return what systemd says of our unit and the backend's, in one call.
+    Return what systemd says of our unit, the backend's and the backups', in one call.
 
     CLI Example:
 
@@ -122,10 +122,13 @@ def units() -> dict[str, dict[str, list[str]]]:
     Returns each unit's properties, each a list of its lines. Raises ``CommandExecutionError`` if
     systemd cannot be asked within 30 seconds; a health report waits for a quarter of its time, at
     least for one, hears of it once and goes on with empty ones. It keeps them in
-    ``__context__["slmdb_units"]`` while it is made.
+    ``__context__["slmdb_units"]`` while it is made; a run keeps the backups' for whoever asks next
+    in ``__context__["slmdb_jobs"]``.
     """
     names = [__salt__["slmdb_instance.facts"]()["unit"]]
     names.append(__salt__["slmdb_pillar.get"]("backend", "unit"))
+    jobs = _jobs()
+    names += jobs
     found: dict[str, dict[str, list[str]]] = {name: {} for name in names}
     report = __context__.get("slmdb_facts")
     if report is not None and __context__.get("slmdb_unanswered") is report:
@@ -138,7 +141,17 @@ def units() -> dict[str, dict[str, list[str]]]:
                 found[name].setdefault(key, []).append(value)
     if "MainPID" not in found[names[0]]:
         raise CommandExecutionError(_unanswered("it says nothing of the unit"))
+    if report is None:
+        __context__["slmdb_jobs"] = {name: found[name] for name in jobs}
     return found
+
+
+def _jobs() -> list[str]:
+    """The units of the backups that pillar wants."""
+    get = __salt__["slmdb_pillar.get"]
+    wanted = get("backup", "schedule") if get("backup", "enabled") else {}
+    jobs = [f"autobot-slm-backup-{job}" for job, when in wanted.items() if when]
+    return [f"{job}.{kind}" for job in jobs for kind in ("timer", "service")]
 
 
 def _patience() -> int:

@@ -126,6 +126,11 @@ def test_what_cannot_be_reached_is_refused_with_the_range(host):
         ({"time": "2020-01-01"}, "cannot be reached; from 20.* to 20.* can"),
         ({"time": "2999-01-01"}, "cannot be reached; from 20.* to 20.* can"),
         ({"time": "yesterday"}, "is no moment"),
+        ({"time": "Thu Nov 26 08:04:42 CET 2026"}, "is no moment"),
+        ({"time": "Wed Nov 26 08:04:42 UTC 2026"}, "is no moment"),
+        ({"time": "2026-11-26 08:04:42 CET"}, "is no moment"),
+        ({"time": "2026-11-26 08:04:42+02:00 UTC"}, "is no moment"),
+        ({"time": "11/12/2026 08:04:42"}, "is no moment"),
         ({"label": "20200101-000000F"}, "there is no backup"),
         ({"time": "2026-01-01", "restore_point": "x"}, "choose one"),
         ({"in_place": "main"}, "type 15/main"),
@@ -137,6 +142,22 @@ def test_what_cannot_be_reached_is_refused_with_the_range(host):
             host.call("slmdb_backup.restore", **wrong)
     assert host.call("slmdb_instance.facts")["pid"] == pid
     assert not Path("/var/lib/postgresql/15/restored").exists()
+
+
+def test_a_moment_as_date_prints_it(host):
+    """Or with UTC behind it; the same as in ISO 8601."""
+    (row,) = host.call("slmdb_backup.list")
+    at = host.call("slmdb_backup.complete", row)
+    expected = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(at))
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "TZ": "UTC"}
+    date = subprocess.run(["date", "-d", f"@{at}"], env=environment, capture_output=True, text=True)
+    for text in (
+        date.stdout,
+        time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)),
+        time.strftime("%a %d %b %Y %I:%M:%S %p UTC", time.gmtime(at)),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at)),
+    ):
+        assert host.call("slmdb_restore.plan", time=text)["target"] == expected, text
 
 
 @pytest.mark.once
@@ -374,9 +395,10 @@ def test_tablespaces_come_back_more_than_once(host):
     assert not list(Path("/var/lib/postgresql/15").glob("restor*"))
     killed = host.call("slmdb_restore.plan")
     new = "/var/lib/postgresql/15/main.restoring"
-    left = host.call("slmdb_restore.files", new, killed, True, new.replace(".restoring", ""))
+    host.call("slmdb_restore.files", new, killed, True, new.replace(".restoring", ""))
     assert host.call("slmdb_backup.restore", in_place="15/main")["kept_tablespaces"] == before
-    assert entries(host)[-1] == "twice" and not Path(left).exists()
+    assert entries(host)[-1] == "twice"
+    assert len(list(Path("/var/lib/postgresql/15").glob("main.tablespaces-*"))) == 3
 
 
 @pytest.mark.once

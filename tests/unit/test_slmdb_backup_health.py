@@ -22,6 +22,7 @@ WELL = {
         | {"backups": None, "failed": None, "lacks": None, "closed": None},
     ],
     "keys": [],
+    "stopped": [],
     "aside": None,
     "wal": {"mode": "on", "waiting_seconds": None, "failing": None, "reason": None, "gap": None},
     "verified": None,
