@@ -171,10 +171,10 @@ def short(chosen: dict[str, Any], archived: dict[str, str] | None, **where: Any)
     if archived is None or chosen["ends"]:
         return None
     connection = __salt__["slmdb_server.connect"](**where)
-    with contextlib.closing(connection), connection.cursor() as cursor:
-        cursor.execute(REACHED, [archived["lsn"]])
-        reached, found = cursor.fetchone()
-    return f"{ENDS} {reached}, not at {archived['lsn']}: {ADVICE}" if found else None
+    with contextlib.closing(connection):
+        (row,) = __salt__["slmdb_server.ask"](connection, REACHED, [archived["lsn"]])
+    ends = f"{ENDS} {row['lsn']}, not at {archived['lsn']}: {ADVICE}"
+    return ends if row["short"] else None
 
 
 def damaged(chosen: dict[str, Any]) -> str | None:

@@ -278,5 +278,6 @@ def wait(directory: str, server: subprocess.Popen) -> None:
     alive = lambda: server.poll() is None  # noqa: E731
     __salt__["slmdb_restore.until_recovered"](f"{directory}/log", alive, **where())
     connection = __salt__["slmdb_server.connect"](**where())
-    with contextlib.closing(connection), connection, connection.cursor() as cursor:
-        cursor.execute(f'CREATE SCHEMA "{NAME}"')
+    with contextlib.closing(connection):
+        connection.autocommit = True
+        __salt__["slmdb_server.ask"](connection, f'CREATE SCHEMA "{NAME}"')

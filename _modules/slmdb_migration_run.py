@@ -64,14 +64,12 @@ def _alone() -> Iterator[None]:
     connection = __salt__["slmdb_server.connect"](__salt__["slmdb_migration.database"]())
     try:
         connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_try_advisory_lock(%s)", [LOCK])
-            held = not cursor.fetchone()[0]
-            # The Alembic of a run that was killed outlives it, and its lock does not.
-            cursor.execute(HOLDER, [held, LOCK])
-            other = cursor.fetchone()
-        if held or other:
-            pid, since = other or ("unknown", "a moment ago")
+        ask = __salt__["slmdb_server.ask"]
+        (row,) = ask(connection, "SELECT NOT pg_try_advisory_lock(%s) AS held", [LOCK])
+        # The Alembic of a run that was killed outlives it, and its lock does not.
+        others = ask(connection, HOLDER, [row["held"], LOCK])
+        if row["held"] or others:
+            pid, since = others[0].values() if others else ("unknown", "a moment ago")
             raise CommandExecutionError(
                 f"Another migration of this database runs (server process {pid}, since {since}); "
                 "try again when it is over"

@@ -24,6 +24,7 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb_restore"
 
 MARGIN = 1.1
+RECOVERING = "SELECT pg_is_in_recovery() AS recovering"
 SAME = 86400  # seconds
 # What date prints in the usual languages of a server.
 DATE = (
@@ -521,10 +522,10 @@ def until_recovered(log: str, alive: Callable[[], bool], **where: Any) -> None:
     while True:
         with contextlib.suppress(CommandExecutionError):
             connection = __salt__["slmdb_server.connect"](**where)
-            with contextlib.closing(connection), connection.cursor() as cursor:
-                cursor.execute("SELECT pg_is_in_recovery()")
-                if not cursor.fetchone()[0]:
-                    return
+            with contextlib.closing(connection):
+                (row,) = __salt__["slmdb_server.ask"](connection, RECOVERING)
+            if not row["recovering"]:
+                return
         if alive():
             dead_since = None
         else:

@@ -222,6 +222,32 @@ def query(
     return []
 
 
+def ask(connection: Any, statement: Any, parameters: Sequence | None = None) -> list[dict]:
+    """
+    Ask a server over a connection of one's own.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_server.query "SELECT version()"
+
+    connection
+        What ``connect`` returned, for callers in Python.
+    statement
+        SQL text or a ``psycopg2.sql.Composable``.
+    parameters
+        Values for its placeholders.
+
+    Returns the rows, each a dictionary. Raises ``CommandExecutionError`` with the server's words,
+    also if it ended meanwhile.
+    """
+    try:
+        return _run(connection, statement, parameters)
+    except _driver().Error as err:
+        raise CommandExecutionError(_line(err)) from None
+
+
 def execute(statement: Any, parameters: Sequence | None = None, database: str = USER) -> None:
     """
     Tell the server to change something.

@@ -236,3 +236,13 @@ def test_whoever_is_not_root_is_told_so(server):
             with pytest.raises(CommandExecutionError, match=f"^{words}$"):
                 server.call(question)
     assert report["problems"] == [f"instance: {words}"]
+
+
+def test_a_server_that_ends_after_a_login_is_an_error_of_one_line(shared_server):
+    """Whoever waits for a recovery logs in again and again, and some recoveries fail."""
+    connect, ask = (shared_server.modules[f"slmdb_server.{name}"] for name in ("connect", "ask"))
+    with contextlib.closing(connect()) as connection:
+        (row,) = ask(connection, "SELECT pg_backend_pid() AS pid")
+        shared_server.call("slmdb_server.execute", f"SELECT pg_terminate_backend({row['pid']})")
+        with pytest.raises(CommandExecutionError, match="terminating connection"):
+            ask(connection, "SELECT 1")
