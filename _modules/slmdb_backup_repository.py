@@ -194,9 +194,19 @@ def encrypted() -> list[int]:
     return ours + ([2] if second["type"] not in (None, "host") and second["encryption"] else [])
 
 
-def credentials() -> bytes | None:
+class Credentials(str):
+    """The text that opens the second repository; to whoever prints or sends it, a word without."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls, "<sealed>")
+
+    def __init__(self, key: str, secret: str):
+        self.text = f"[global]\nrepo2-s3-key={key}\nrepo2-s3-key-secret={secret}\n".encode()
+
+
+def credentials() -> Credentials | None:
     """
-    Return the text of the file that holds what opens the second repository.
+    Return the file that holds what opens the second repository, for use inside the process.
 
     CLI Example:
 
@@ -204,14 +214,14 @@ def credentials() -> bytes | None:
 
         salt-call slmdb_backup_repository.credentials
 
-    Returns ``None`` if it needs none. Raises ``CommandExecutionError`` if pillar does not have what
-    ``key_pillar`` and ``secret_pillar`` name.
+    Returns an object with its ``text``, ``None`` if none is needed. Raises
+    ``CommandExecutionError`` if pillar has nothing where ``key_pillar`` or ``secret_pillar`` point.
     """
     second = _get("second")
     if second["type"] != "s3":
         return None
     key, secret = (_supplied(name, second[name]) for name in ("key_pillar", "secret_pillar"))
-    return f"[global]\nrepo2-s3-key={key}\nrepo2-s3-key-secret={secret}\n".encode()
+    return Credentials(key, secret)
 
 
 def supply(second: dict[str, Any], text: bytes) -> dict[str, Any]:

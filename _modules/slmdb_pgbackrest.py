@@ -244,7 +244,8 @@ def _files() -> dict[str, bytes | None]:
         # A key is never thrown away, but pgBackRest takes its presence for that of its repository.
         files[path] = (present or made) if number in encrypted else None
         files[kept] = None if number in encrypted else present
-    files[CREDENTIALS] = __salt__["slmdb_backup_repository.credentials"]()
+    credentials = __salt__["slmdb_backup_repository.credentials"]()
+    files[CREDENTIALS] = credentials.text if credentials else None
     return files
 
 

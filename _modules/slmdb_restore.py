@@ -583,6 +583,10 @@ def in_place(
     if name != own:
         raise SaltInvocationError(f"name: {name!r} is not this instance; to go on, type {own}")
     data = found["data_directory"]
+    if os.path.realpath(data) in __salt__["slmdb_disk.mount_points"]():
+        raise CommandExecutionError(
+            f"{data} is a mount of its own, which cannot be moved aside: restore beside it"
+        )
     _undo_half(data)
     chosen = plan(time, label, restore_point)
     new, kept = f"{data}.restoring", f"{data}.before-{int(_now())}"

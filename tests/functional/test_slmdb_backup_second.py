@@ -390,6 +390,7 @@ def test_a_key_that_pillar_does_not_have_is_named(host, minions):
     result = host.state("slmdb_backup.configured")
     assert result.result is True
     assert CANARY not in str(result.changes) + str(result.comment)
+    assert CANARY not in json.dumps(host.call("slmdb_backup_repository.credentials"))
     file = KEYS / "repository-2.conf"
     assert f"repo2-s3-key-secret={CANARY}" in file.read_text()
     assert oct(file.stat().st_mode)[-4:] == "0640" and file.group() == "postgres"

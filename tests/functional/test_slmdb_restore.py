@@ -196,8 +196,23 @@ def test_a_gap_in_the_archived_wal_is_told(host):
 
 
 @pytest.mark.once
+def test_a_data_directory_that_is_a_mount_is_refused_at_once(host):
+    """Its server is not stopped to find that out, and nothing is restored."""
+    data = "/var/lib/postgresql/15/main"
+    pid = host.call("slmdb_instance.facts")["pid"]
+    subprocess.run(["mount", "--bind", data, data], check=True)
+    try:
+        with pytest.raises(CommandExecutionError, match=f"{data} is a mount of its own.*beside it"):
+            host.call("slmdb_backup.restore", in_place="15/main")
+        assert host.call("slmdb_instance.facts")["pid"] == pid
+        assert os.listdir("/var/lib/postgresql/15") == ["main"]
+    finally:
+        subprocess.run(["umount", "--lazy", data], check=True)
+
+
+@pytest.mark.once
 def test_data_that_cannot_be_moved_aside_stays(host):
-    """A data directory that is a mount of its own, say: the server is back with what it had."""
+    """For whatever reason the file system has: the server is back with what it had."""
     with pytest.raises(CommandExecutionError, match="cross-device"):
         host.call("slmdb_backup.restore", in_place="15/main")
     assert entries(host) == ["before the backup"]
