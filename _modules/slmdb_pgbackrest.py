@@ -333,8 +333,8 @@ def _barred() -> list[str]:
 
 def _give(path: str, user: str) -> None:
     """What is below goes along only if all of it is our stanza's."""
-    below = os.walk(path) if os.path.basename(path) == STANZA else [(path, [], [])]
-    account = pwd.getpwnam(user)
+    top, account = os.path.realpath(path), pwd.getpwnam(user)
+    below = os.walk(top) if os.path.basename(path) == STANZA else [(top, [], [])]
     try:
         for place, _, names in below:
             os.chmod(place, os.stat(place).st_mode | 0o700)

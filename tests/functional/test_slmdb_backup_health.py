@@ -145,9 +145,11 @@ def test_a_key_that_others_can_read_or_the_server_cannot_is_a_problem(backed_up)
 @pytest.mark.once
 def test_a_repository_that_the_server_cannot_use_is_a_problem(backed_up):
     """As after a copy by root; an apply gives back what is ours, and nothing else there."""
+    subprocess.run(["mv", str(REPOSITORY), "/srv/kept"], check=True)
+    REPOSITORY.symlink_to("/srv/kept")
     foreign = REPOSITORY / "foreign"
     foreign.write_text("somebody's")
-    subprocess.run(["chown", "-hR", "root:root", str(REPOSITORY)], check=True)
+    subprocess.run(["chown", "-hR", "root:root", "/srv/kept"], check=True)
     REPOSITORY.chmod(0o700)
     lines = ask(backed_up)["problems"]
     assert all(line.endswith("state.apply slm_database.backup mends it") for line in lines)
