@@ -81,6 +81,20 @@ def test_a_minion_that_only_tests_by_itself_does_not_count(host):
         host.run("rm /etc/salt/minion.d/test.conf")
 
 
+def test_the_health_is_asked_with_the_pillar_of_the_run(host):
+    """Above the host's own, which may come from somewhere else too."""
+    health = 'return {"healthy": True, "problems": [], "warnings": [str(sorted(__pillar__.items()))]}'
+    host.write("/srv/other/_modules/slmdb.py", f"def health(timeout):\n    {health}\n")
+    theirs = """ext_pillar: [{cmd_yaml: "echo '{theirs: 1, both: 1}'"}]\n"""
+    host.write("/etc/salt/minion.d/theirs.conf", theirs)
+    command = f"{FORMULA}/bin/apply --file-root=/srv/other pillar='{{fine: true, both: 2}}'"
+    try:
+        answer = host.run(command)
+    finally:
+        host.run("rm /srv/other/_modules/slmdb.py /etc/salt/minion.d/theirs.conf")
+    assert "[('both', 2), ('fine', True), ('theirs', 1)]" in answer.stdout + answer.stderr
+
+
 def test_the_environment_does_not_matter(host):
     """No HOME, no locale, an ignored SIGHUP, another directory, a link: the same."""
     host.run(f"ln -sf {FORMULA}/bin/salt-call /usr/local/sbin/formula")
