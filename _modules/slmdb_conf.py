@@ -146,11 +146,29 @@ def parse(content: str) -> dict[str, str]:
     content
         The text. Lines that are no setting are passed over: this reads, the server judges.
     """
-    found = {}
-    for line in content.split("\n"):
+    return {name: value for _, name, value in lines(content)}
+
+
+def lines(content: str) -> list[tuple[int, str, str]]:
+    """
+    Return the lines that set something in the text of a configuration file.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_conf.lines "work_mem = '16MB'"
+
+    content
+        The text, as ``parse`` takes it.
+
+    Returns the number of each line, from 1 on, with its name, in lower case, and value.
+    """
+    found = []
+    for number, line in enumerate(content.split("\n"), 1):
         match = _LINE.match(line)
         if match:
-            found[match["name"].lower()] = unquote(match["value"])
+            found.append((number, match["name"].lower(), unquote(match["value"])))
     return found
 
 

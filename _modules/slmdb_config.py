@@ -230,12 +230,32 @@ def _blame(words: str) -> str:
     for name in _given():
         if any(name in word or word in str(settings[name]) for word in quoted):
             return _key(name)
-    for row in foreign():
-        if any(word in row["value"] for word in quoted):
-            return f"{row['file']}, line {row['line']}"
+    place = culprit(words)
+    if place:
+        return place
     if "shared memory" in words:
         return _key("shared_buffers")
     return "slm_database:settings"
+
+
+def culprit(words: str) -> str | None:
+    """
+    Return where somebody else wrote what a server's words are about, or None if nobody did.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config.culprit 'could not access file "nosuch"'
+
+    words
+        What the server said when it did not start.
+    """
+    quoted, named = re.findall(r'"([^"]+)"', words), re.findall(r"[a-z_]+(?:\.[a-z_]+)?", words)
+    for row in foreign():
+        if row["name"] in named or any(word in row["value"] for word in quoted):
+            return f"{row['file']}, line {row['line']}"
+    return None
 
 
 def _loaded() -> dict[str, dict[str, Any]]:
@@ -448,13 +468,15 @@ def foreign() -> list[dict[str, Any]]:
         salt-call slmdb_config.foreign
 
     Returns ``name``, ``value``, ``file`` and ``line`` for each, ``ours`` (our value that it
-    overrides, or None) and ``danger`` (why it is not safe, or None); empty if there is none or no
-    server runs. Nothing is deleted.
+    overrides, or None) and ``danger`` (why it is not safe, or None); empty if there is none. The
+    files are read where no server can be asked. Nothing is deleted.
     """
-    if not __salt__["slmdb_server.available"]():
-        return []
     settings, paths, found = wanted(), _facts(), []
-    for row in __salt__["slmdb_server.query"](LAST_WORDS, [paths["conf_file"]]):
+    if __salt__["slmdb_server.available"]():
+        rows = __salt__["slmdb_server.query"](LAST_WORDS, [paths["conf_file"]])
+    else:
+        rows = _last_words()
+    for row in rows:
         kind = row.pop("vartype") or "string", row.pop("unit")
         name = row["name"]
         # What the server does not read at all is not overridden (slmdb_config_file.left_out).
@@ -468,3 +490,14 @@ def foreign() -> list[dict[str, Any]]:
         if ours is not None or danger or row["file"] != paths["config_file"]:
             found.append({**row, "ours": ours, "danger": danger})
     return found
+
+
+def _last_words() -> list[dict[str, Any]]:
+    """LAST_WORDS without a server."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in __salt__["slmdb_config_file.paths"]():
+        text = (__salt__["slmdb_file.read"](path) or b"").decode(errors="replace")
+        for number, name, value in __salt__["slmdb_conf.lines"](text):
+            place = {"name": name, "value": value, "file": path, "line": number}
+            found[name] = {**place, "vartype": None, "unit": None, "read": True}
+    return [found[name] for name in sorted(found)]

@@ -13,6 +13,7 @@ from salt.exceptions import CommandExecutionError
 __virtualname__ = "slmdb_config_file"
 
 PATIENCE = 15
+AUTO = "postgresql.auto.conf"  # what ALTER SYSTEM writes
 
 # A setting that waits for a restart is listed there as one that could not be applied, and one that
 # was taken out, and waits, as an error without a name, a file and a line.
@@ -66,6 +67,23 @@ def _ours() -> dict[str, str]:
         f"{ours} counts; add the line include_dir = 'conf.d' to it, and reload"
     )
     return {"ours": ours if os.path.exists(ours) else "", "words": words}
+
+
+def paths() -> list[str]:
+    """
+    Return the files of the configuration, in the order in which a server reads them.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_config_file.paths
+    """
+    found = __salt__["slmdb_instance.facts"]()
+    directory = f"{found['config_directory']}/conf.d"
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    files = [f"{directory}/{name}" for name in names if name.endswith(".conf")]
+    return [found["config_file"], *files, f"{found['data_directory']}/{AUTO}"]
 
 
 def left_out() -> str | None:

@@ -465,6 +465,8 @@ def _fill(
                 answer["tables"][what] = inside.get(what)
         if row:
             _fill_from_server(answer, parts)
+        elif found["exists"] and not found["running"]:
+            answer["foreign"] = parts.get("foreign", _foreign, default=[])
         answer["secret"] = parts.get(
             "secret", __salt__["slmdb_secret.facts"], bool(row), default={}
         )

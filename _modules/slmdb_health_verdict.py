@@ -303,16 +303,17 @@ def _waiting(report: dict[str, Any]) -> Iterator[str]:
 def _foreign(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """What others set, each with its place and what takes it away."""
     beside = []
+    undo = _undo if report["server"]["running"] else lambda row: "take the line out"
     for row in report.get("foreign") or []:
         place = f"{row['file']}, line {row['line']}"
         value = " ".join(row["value"].split())
         if row["danger"]:
-            yield True, f"{row['name']} is {value} in {place}: {row['danger']}; {_undo(row)}"
+            yield True, f"{row['name']} is {value} in {place}: {row['danger']}; {undo(row)}"
         elif row["ours"] is not None:
-            words = f"which overrides ours ({row['ours']}); {_undo(row)}"
+            words = f"which overrides ours ({row['ours']}); {undo(row)}"
             yield False, f"{row['name']} is {value} in {place}, {words}"
         else:
-            beside.append(f"{row['name']} = {value} ({place}; {_undo(row)})")
+            beside.append(f"{row['name']} = {value} ({place}; {undo(row)})")
     if beside:
         yield False, f"set beside the pillar: {'; '.join(beside)}"
 

@@ -158,19 +158,31 @@ def _attempt(verb: str) -> None:
     except CommandExecutionError as err:
         words = str(err.strerror)
     if not restore():
-        raise CommandExecutionError(f"the server did not start: {words}")
+        raise CommandExecutionError(f"the server did not start: {_placed(words)}")
     try:
         __salt__["slmdb_service.restart"]()
     except CommandExecutionError as err:
         raise CommandExecutionError(
             f"the server did not start: {words}; nor with the last good configuration: "
-            f"{err.strerror}"
+            f"{_placed(str(err.strerror))}"
         ) from None
     away = time.monotonic() - began
     raise CommandExecutionError(
         f"the server did not start: {words}; the last good configuration is in force again, "
         f"the server was away for {away:.0f} s; correct slm_database:settings"
     )
+
+
+def _placed(words: str) -> str:
+    """A server's last words, with the place of what somebody else wrote, if that is the reason."""
+    if "contains errors" in words:  # which were said before it
+        words = "; ".join(_objections()) or words
+    place = __salt__["slmdb_config.culprit"](words)
+    found = __salt__["slmdb_instance.facts"]()
+    auto = f"{found['data_directory']}/postgresql.auto.conf"
+    if os.path.basename(auto) in (place or words):
+        return f"{words}; ALTER SYSTEM wrote that: take it out of {place or auto}, and start again"
+    return f"{words}; take it out of {place}, and start again" if place else words
 
 
 def permitted() -> str | None:

@@ -111,10 +111,8 @@ def with_rules(conf: str) -> dict[str, Any] | None:
 
 def _foreign_files(found: dict[str, Any]) -> list[str]:
     """Return the configuration files beside ours that a server would read."""
-    directory = f"{found['config_directory']}/conf.d"
-    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    files = [f"{directory}/{name}" for name in names if name.endswith(".conf") and name != CONF]
-    return [found["config_file"], *files, f"{found['data_directory']}/postgresql.auto.conf"]
+    files = __salt__["slmdb_config_file.paths"]()
+    return [path for path in files if path != found["conf_file"]]
 
 
 def _read(path: str) -> str:

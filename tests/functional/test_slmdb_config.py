@@ -323,6 +323,37 @@ def test_a_restart_that_would_fail_is_not_tried(settled):
     assert settled.call("slmdb_server.available")
 
 
+@pytest.mark.parametrize(
+    ("line", "words", "place"),
+    [
+        (UNKNOWN, 'could not access file "nosuch"', f"{AUTO}, line 4"),
+        ("wal_level = 'minimal'", "wal_level", f"{AUTO}, line 4"),
+        ("work_mem = 'banana'", "banana", f"{AUTO}, line 4"),
+        ("nonsense", "line 4", str(AUTO)),
+    ],
+)
+def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
+    settled, line, words, place
+):
+    """No session can take it back, and our last good configuration does not help."""
+    settled.call("slmdb_service.stop")
+    before = AUTO.read_text()
+    AUTO.write_text(f"{before}jit = 'on'\n{line}\n")
+    failed = settled.state("slmdb_service.running")
+    assert failed.result is False and words in failed.comment
+    way_out = f"; ALTER SYSTEM wrote that: take it out of {place}, and start again"
+    assert failed.comment.endswith(way_out)
+    answer = settled.call("slmdb.health")
+    said = " | ".join(answer["problems"] + answer["warnings"])
+    if line != "nonsense":
+        name = line.partition(" ")[0]
+        assert f"{name} = " in said or f"{name} is " in said
+        assert f"{AUTO}, line 4" in said and "take the line out" in said
+        assert "ALTER SYSTEM RESET" not in said
+    AUTO.write_text(before)
+    assert settled.state("slmdb_service.running").result is True
+
+
 def test_a_mistake_of_somebody_else_is_named_with_its_file_and_line(settled):
     """Before ours is written beside it, which would not be loaded either."""
     CONF.with_name("90-by-hand.conf").write_text("# by hand\nnosuch = 1\n")
