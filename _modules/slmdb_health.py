@@ -69,7 +69,13 @@ SELECT current_setting('server_version') AS version,
           LEFT JOIN pg_database d ON d.oid = s.setdatabase
          WHERE (s.setrole = 0 OR r.rolname = %(role)s)
            AND (s.setdatabase = 0 OR d.datname = %(database)s)) AS overrides,
-       (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(database)s) AS owner
+       (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %(database)s) AS owner,
+       ARRAY(SELECT datname::text FROM pg_database
+              WHERE NOT datistemplate AND datname <> 'postgres' AND NOT datname = ANY(%(databases)s)
+              ORDER BY 1) AS other_databases,
+       ARRAY(SELECT rolname::text FROM pg_roles
+              WHERE oid <> 10 AND rolname !~ '^pg_' AND NOT rolname = ANY(%(roles)s)
+              ORDER BY 1) AS other_roles
 """
 DATABASE = """
 SELECT CASE WHEN pg_relation_size('pg_catalog.pg_class') < %(large)s
@@ -238,7 +244,9 @@ def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str
 
 def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
     """Ask in the application's database, where the rest will be asked, too, if there is one."""
-    values = {"role": settings["role"], "database": settings["database"]}
+    values = {what: settings[what] for what in ("role", "database")}
+    for what in ("role", "database"):
+        values[f"{what}s"] = [settings[what], *(settings[f"{what}s"] or ())]
     try:
         return _ask(SERVER, values, settings["database"], moment)
     except CommandExecutionError as err:
@@ -358,6 +366,7 @@ def _server(found: dict[str, Any], answer: dict[str, Any], unit: dict, row: dict
         "role_may_connect": row.get("role_may_connect"),
         "limits": {"role": row.get("role_limit"), "database": row.get("database_limit")},
         "overrides": _overrides(row),
+        "others": {what: row.get(f"other_{what}") for what in ("databases", "roles")},
         "unit": unit,
     }
 
@@ -464,6 +473,8 @@ def _fill(
             for what in ("missing", "forbidden"):
                 answer["tables"][what] = inside.get(what)
         if row:
+            beside = __salt__["slmdb_secret_adoption.beside"]
+            answer["problems"] += parts.get("adoption", beside, default=[])
             _fill_from_server(answer, parts)
         elif found["exists"] and not found["running"]:
             answer["foreign"] = parts.get("foreign", _foreign, default=[])

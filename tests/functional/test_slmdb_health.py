@@ -340,6 +340,40 @@ def test_a_database_and_a_role_that_do_not_exist(minion):
     assert "role nobody_of_ours does not exist" in said
 
 
+def test_other_names_in_pillar_make_no_empty_database_beside_the_full_one(minion):
+    """A run is refused before it makes anything, until pillar says what becomes of the old ones."""
+    minion.call("slmdb_record.apply")
+    made = ("slmdb_secret.adopted", "slmdb_role.present", "slmdb_database.present")
+    names = {"role": "other", "database": "others"}
+    kept = {"roles": {"autobot_slm": None}, "databases": {"autobot_slm": {"owner": "autobot_slm"}}}
+    try:
+        minion.tell({"slm_database": names})
+        said = problems(minion)
+        for what, new in names.items():
+            words = f"slm_database:{what}: {what} autobot_slm of the last apply is here, and {new} "
+            assert words in said
+        for test in (True, False):
+            assert minion.state(made[0], test=test).result is False
+        assert ask(minion)["server"]["others"] == {
+            "databases": ["autobot_slm"],
+            "roles": ["autobot_slm"],
+        }
+        minion.tell({"slm_database": {**names, **kept}})
+        assert "of the last apply" not in problems(minion)
+        assert minion.state(made[0]).result is True
+        rename = {"role": "autobot_slm", "rename": True, "databases": {"autobot_slm": "others"}}
+        minion.tell({"slm_database": {**names, "adopt": rename}})
+        minion.call("slmdb_server.forget")
+        assert minion.state(made[0]).result is True
+        assert minion.state(made[0]).changes == {}
+    finally:
+        execute(minion, "ALTER DATABASE others RENAME TO autobot_slm")
+        execute(minion, "ALTER ROLE other RENAME TO autobot_slm")
+        minion.tell(None)
+        minion.call("slmdb_record.remove")
+    assert ask(minion)["server"]["others"] == {"databases": [], "roles": []}
+
+
 @pytest.mark.parametrize(("mode", "grave"), [(0o644, True), (0o600, False)])
 def test_the_mode_of_the_secret_file(minion, mode, grave):
     before = stat.S_IMODE(SECRET.stat().st_mode)
