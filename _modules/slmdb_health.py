@@ -393,6 +393,8 @@ def empty() -> dict[str, Any]:
         "tables": {"expected": [], "missing": None, "forbidden": None},
         "capacity": {},
         "secret": {},
+        "secrets": [],
+        "drift": {},
         "backup": {},
         "configuration": [],
         "pending": [],
@@ -422,7 +424,8 @@ def report(timeout: float | None = None) -> dict[str, Any]:
         Seconds within which the report is there; ``None``: ``health:timeout`` from pillar.
 
     Returns ``healthy``, ``problems``, ``warnings``, ``server``, ``access``, ``migration``,
-    ``tables``, ``capacity``, ``secret``, ``backup`` and ``pending``; further ``foreign`` (what
+    ``tables``, ``capacity``, ``secret``, ``backup`` and ``pending``; further ``secrets`` (files of
+    further roles), ``drift`` (what a run would change of roles and databases), ``foreign`` (what
     others set in the server's files), ``configuration`` (errors in them) and ``fixed`` (what only a
     rebuild changes). Raises nothing.
     """
@@ -481,6 +484,7 @@ def _fill(
         answer["secret"] = parts.get(
             "secret", __salt__["slmdb_secret.facts"], bool(row), default={}
         )
+        answer["secrets"] = parts.get("secret", __salt__["slmdb_secret.others"], default=[])
         left = max(moment - time.monotonic(), 0.1)
         answer["migration"] = parts.get(
             "migration", __salt__["slmdb_migration.revision"], left, default={}
@@ -500,4 +504,10 @@ def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:
     answer["configuration"] = parts.get("configuration", errors, default=[])
     answer["pending"] = parts.get("pending", __salt__["slmdb_config.pending"], default=[])
     answer["foreign"] = parts.get("foreign", _foreign, default=[])
-    answer["fixed"] = parts.get("instance", __salt__["slmdb_instance.report"], default=[])
+    answer["drift"] = parts.get("roles", __salt__["slmdb_role.differences"], default={})
+    wanted = __salt__["slmdb_database.wanted"]
+    there = parts.get("databases", lambda: __salt__["slmdb_database.read"](list(wanted())))
+    if there is not None:
+        outside, fixed = __salt__["slmdb_database.outside"], __salt__["slmdb_instance.report"]
+        answer["drift"].update(parts.get("databases", outside, there, default={}))
+        answer["fixed"] = parts.get("instance", fixed, there, default=[])

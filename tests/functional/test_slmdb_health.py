@@ -396,6 +396,75 @@ def test_no_secret_file(minion):
         aside.rename(SECRET)
 
 
+READER = Path("/etc/autobot/reader.env")
+FURTHER = {
+    "roles": {"reader": {"secret": {"file": str(READER), "key": "READER_PASSWORD"}}},
+    "databases": {"further": {"owner": "reader"}},
+}
+
+
+def test_further_roles_and_databases_are_looked_at(minion):
+    """They are there, as a run makes them, and their secret files are kept as well."""
+    minion.tell({"slm_database": FURTHER})
+    said = problems(minion)
+    assert "role reader does not exist; state.apply slm_database makes it" in said
+    assert "database further does not exist; state.apply slm_database makes it" in said
+    assert f"secret: there is no {READER}: bring the copy back" in said
+    try:
+        for noun in ("slmdb_role", "slmdb_secret", "slmdb_database"):
+            minion.call(f"{noun}.apply")
+        assert problems(minion) == ""
+        execute(minion, "ALTER ROLE reader NOLOGIN CONNECTION LIMIT 5")
+        execute(minion, "ALTER DATABASE further OWNER TO postgres")
+        READER.chmod(0o666)
+        answer = ask(minion)
+        assert sorted(answer["problems"]) == [
+            f"{READER}: mode is 0666, not 0640",
+            "role reader: login is False, not True; state.apply slm_database puts it right",
+        ]
+        for what in ("role reader: connection_limit is 5, not -1", "owner is postgres, not reader"):
+            assert [line for line in answer["warnings"] if what in line]
+        READER.unlink()
+        assert f"secret: there is no {READER}: bring the copy back" in problems(minion)
+    finally:
+        minion.tell(None)
+        execute(minion, "DROP DATABASE IF EXISTS further")
+        execute(minion, "DROP ROLE IF EXISTS reader")
+        READER.unlink(missing_ok=True)
+
+
+def test_the_encoding_of_further_databases_is_reported(minion):
+    minion.tell({"slm_database": {"databases": {"further": {}, "latin": {"encoding": "LATIN1"}}}})
+    for name in ("further", "latin"):
+        made = "ENCODING SQL_ASCII LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        execute(minion, f"CREATE DATABASE {name} OWNER autobot_slm {made}")
+    minion.call("slmdb_database.apply")
+    try:
+        said = [line for line in ask(minion)["fixed"] if "encoding" in line]
+        end = "has SQL_ASCII; only a dump and a restore change it"
+        assert said == [
+            f"slm_database:encoding: UTF8 is wanted, database further {end}",
+            f"slm_database:databases:latin:encoding: LATIN1 is wanted, database latin {end}",
+        ]
+    finally:
+        minion.tell(None)
+        execute(minion, "DROP DATABASE further")
+        execute(minion, "DROP DATABASE latin")
+
+
+@pytest.mark.parametrize("power", ["SUPERUSER", "CREATEROLE", "BYPASSRLS"])
+def test_an_application_that_was_given_more_than_its_own_is_a_problem(minion, power):
+    execute(minion, f"ALTER ROLE autobot_slm {power}")
+    try:
+        assert problems(minion) == (
+            f"role autobot_slm: {power.lower()} is True, not False; "
+            "state.apply slm_database puts it right"
+        )
+    finally:
+        minion.call("slmdb_role.apply")
+    assert problems(minion) == ""
+
+
 def test_an_access_rule_that_the_server_would_refuse(minion):
     path = Path(minion.call("slmdb_instance.facts")["hba_file"])
     before = path.read_bytes()
