@@ -189,6 +189,18 @@ def test_what_is_taken_out_and_waits_is_no_error(settled):
     assert (waits["name"], waits["new"]) == ("max_wal_senders", "the default")
 
 
+def test_what_is_taken_back_before_the_restart_does_not_wait_any_more(settled):
+    """The server goes on calling it so; a maintenance would restart it for nothing."""
+    for settings in ({"max_wal_senders": 12, "shared_buffers": "200MB"}, {}):
+        tell(settled, settings=settings)
+        assert run(settled) == {"slmdb_config"}
+        names = [row["name"] for row in settled.call("slmdb_config.pending")]
+        assert names == sorted(settings)
+    assert settled.call("slmdb_pending.restart") == []
+    tell(settled, restart="now")
+    assert settled.state("slmdb_config.in_force").changes == {}
+
+
 def test_what_the_server_keeps_over_a_restart_must_find_room(settled):
     """An empty scratch instance has no prepared transaction and no replication slot."""
     room = {"max_prepared_transactions": 5, "wal_level": "logical"}
