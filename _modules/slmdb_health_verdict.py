@@ -320,7 +320,10 @@ def _migration(report: dict[str, Any]) -> Iterator[str]:
 
 def _waiting(report: dict[str, Any]) -> Iterator[str]:
     for row in report["pending"] or []:
-        yield f"{row['name']} {row['old']} → {row['new']} waits for a restart since {row['since']}"
+        old, new = row["old"], row["new"]
+        # Debian's programs take it from the file.
+        more = f"; psql and pg_isready need -p {old} until then" if row["name"] == "port" else ""
+        yield f"{row['name']} {old} → {new} waits for a restart since {row['since']}{more}"
     yield from report.get("fixed") or []
 
 

@@ -615,6 +615,22 @@ def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
         minion.call("slmdb_config.apply")
 
 
+def test_until_a_new_port_is_in_force_debian_s_programs_need_the_old_one(minion):
+    """They take it from the file, as far as that is from what the server has."""
+    minion.tell({"slm_database": {"port": 5433}})
+    minion.call("slmdb_config.apply")
+    try:
+        answer = ask(minion)
+        assert answer["healthy"], answer["problems"]
+        end = "psql and pg_isready need -p 5432 until then"
+        assert [line for line in answer["warnings"] if line.endswith(end)]
+        asked = [subprocess.run(["pg_isready", *port]) for port in ([], ["-p", "5432"])]
+        assert [done.returncode for done in asked] == [2, 0]
+    finally:
+        minion.tell(None)
+        minion.call("slmdb_config.apply")
+
+
 def test_an_application_that_gets_no_connection(minion):
     """The report itself comes in by those that are kept for superusers."""
     with contextlib.ExitStack() as held:
