@@ -327,6 +327,19 @@ def judge(rules: list[dict[str, Any]], maps: list[tuple[str, ...]]) -> list[dict
         rows.append(row(name, None, database, role, **kinds, expected="refused"))
         name = f"postgres over {address}"
         rows.append(row(name, None, "postgres", "postgres", **kinds, expected="refused"))
+    blamed = [row["key"] for row in rows if not row["right"]]
+    open_to_all = __salt__["slmdb_hba.given_away"](rules, "postgres", groups["postgres"])
+    rows += [
+        {
+            "login": "anybody as postgres",
+            "expected": "refused",
+            "judged": "admitted",
+            "right": False,
+            "key": rule["key"],
+        }
+        for rule in open_to_all
+        if rule["key"] not in blamed
+    ]
     unknown = {"key": "none", "login": "an unknown role", "expected": "refused"}
     # A role that does not exist is refused whatever the rules say.
     return [*rows, {**unknown, "judged": "refused", "right": True}]

@@ -446,7 +446,9 @@ def pending() -> list[dict[str, Any]]:
         "SELECT s.name, current_setting(s.name) AS old, f.setting AS new, f.sourcefile AS file "
         "FROM pg_settings s LEFT JOIN (SELECT DISTINCT ON (name) name, setting, sourcefile "
         "FROM pg_file_settings ORDER BY name, seqno DESC) f USING (name) "
-        "WHERE s.pending_restart ORDER BY s.name"
+        # The flag stays on what is in no file any more before it was ever in force.
+        "WHERE s.pending_restart AND NOT (f.setting IS NULL AND s.source = 'default' "
+        "AND s.setting IS NOT DISTINCT FROM s.boot_val) ORDER BY s.name"
     )
     if rows and __salt__["slmdb_config_file.left_out"]():
         rows = [row for row in rows if row["name"] not in wanted()]  # a restart would lose them

@@ -21,7 +21,8 @@ SELECT d.datname AS name, pg_get_userbyid(d.datdba) AS owner,
        ARRAY(SELECT DISTINCT a.privilege_type
                FROM aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
               WHERE a.grantee = d.datdba ORDER BY 1) AS privileges,
-       d.datallowconn AS allow_connections, d.datconnlimit AS connection_limit
+       d.datallowconn AS allow_connections, d.datconnlimit AS connection_limit,
+       current_setting('data_checksums') AS checksums
 FROM pg_database d WHERE d.datname = ANY(%s)
 """
 INSIDE = """
@@ -83,7 +84,8 @@ def read(names: list[str]) -> dict[str, dict[str, Any]]:
         Names of databases.
 
     Returns those that exist, with ``owner``, ``encoding``, ``locale``, ``public`` (whether PUBLIC
-    may connect), ``privileges`` (the owner's), ``allow_connections`` and ``connection_limit``.
+    may connect), ``privileges`` (the owner's), ``allow_connections``, ``connection_limit`` and
+    ``checksums`` (``on`` or ``off``, the same for all).
     Raises ``CommandExecutionError`` if the server does not answer.
     """
     rows = __salt__["slmdb_server.query"](READ, [names])
@@ -196,6 +198,31 @@ def _codec(name: str) -> str | None:
         return codecs.lookup(name).name
     except LookupError:
         return None
+
+
+def outside(present: dict[str, dict[str, Any]]) -> dict:
+    """
+    Compare the wanted databases with those of the server, as far as that takes no connection.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_database.outside '{}'
+
+    present
+        As ``read`` gives them.
+
+    Returns what ``differences`` does, without what is inside of them.
+    """
+    changes: dict = {}
+    for name, options in wanted().items():
+        if name not in present:
+            changes[f"database {name}"] = {"old": None, "new": "present"}
+            continue
+        for what, change in _outside(present[name], options).items():
+            changes[f"database {name}: {what}"] = change
+    return changes
 
 
 def _outside(found: dict[str, Any], options: dict[str, Any]) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 from typing import Any
 
@@ -371,6 +372,53 @@ def possible(
         if None not in parts:
             return found
     return [*found, None]
+
+
+def given_away(
+    given: list[dict[str, Any]], role: str, groups: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """
+    Return the rules by which somebody comes in as a role without any proof, from anywhere.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_hba.given_away '[]' postgres
+
+    given
+        The rules, in order.
+
+    role
+        The role.
+
+    groups
+        The roles that it is a member of; None: not known.
+
+    A rule counts if one of its databases is reached by it from either end of its addresses.
+    """
+    found = []
+    for rule in given:
+        if rule["method"] != "trust" or _user_matches(rule["user"], role, groups) is False:
+            continue
+        kinds = [kind for kind, types in _MATCHES.items() if rule["type"] in types]
+        databases = {
+            role if name in _KEYWORDS[:-1] or name.startswith(("/", "@")) else _bare(name)
+            for name in rule["database"]
+        }
+        probes = itertools.product(kinds, databases, _ends(rule.get("address")))
+        deciding = (possible(given, kind, base, role, at, groups) for kind, base, at in probes)
+        if any(one is rule for rules in deciding for one in rules):
+            found.append(rule)
+    return found
+
+
+def _ends(network: str | None) -> list[str]:
+    try:
+        addresses = ipaddress.ip_network(network or "", strict=False)
+    except ValueError:
+        return ["127.0.0.1", "192.0.2.1"]
+    return [str(addresses[0]), str(addresses[-1])]
 
 
 def _any(answers: list[bool | None]) -> bool | None:

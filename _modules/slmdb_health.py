@@ -60,7 +60,13 @@ SELECT current_setting('server_version') AS version,
           FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole
           LEFT JOIN pg_database d ON d.oid = s.setdatabase
          WHERE (s.setrole = 0 OR r.rolname = %(role)s)
-           AND (s.setdatabase = 0 OR d.datname = %(database)s)) AS overrides
+           AND (s.setdatabase = 0 OR d.datname = %(database)s)) AS overrides,
+       ARRAY(SELECT datname::text FROM pg_database
+              WHERE NOT datistemplate AND datname <> 'postgres' AND NOT datname = ANY(%(databases)s)
+              ORDER BY 1) AS other_databases,
+       ARRAY(SELECT rolname::text FROM pg_roles
+              WHERE oid <> 10 AND rolname !~ '^pg_' AND NOT rolname = ANY(%(roles)s)
+              ORDER BY 1) AS other_roles
   FROM (SELECT count(*) AS used,
                (array_agg(json_build_object(
                        'pid', pid, 'user', pg_get_userbyid(usesysid),
@@ -242,7 +248,9 @@ def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str
 
 def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
     """Ask in the application's database, where the rest will be asked, too, if there is one."""
-    values = {"role": settings["role"], "database": settings["database"]}
+    values = {what: settings[what] for what in ("role", "database")}
+    for what in ("role", "database"):
+        values[f"{what}s"] = [settings[what], *(settings[f"{what}s"] or ())]
     try:
         return _ask(SERVER, values, settings["database"], moment)
     except CommandExecutionError as err:
@@ -362,6 +370,7 @@ def _server(found: dict[str, Any], answer: dict[str, Any], unit: dict, row: dict
         "role_may_connect": row.get("role_may_connect"),
         "limits": {"role": row.get("role_limit"), "database": row.get("database_limit")},
         "overrides": _overrides(row),
+        "others": {what: row.get(f"other_{what}") for what in ("databases", "roles")},
         "unit": unit,
     }
 
@@ -388,6 +397,8 @@ def empty() -> dict[str, Any]:
         "tables": {"expected": [], "missing": None, "forbidden": None},
         "capacity": {},
         "secret": {},
+        "secrets": [],
+        "drift": {},
         "backup": {},
         "configuration": [],
         "pending": [],
@@ -417,7 +428,8 @@ def report(timeout: float | None = None) -> dict[str, Any]:
         Seconds within which the report is there; ``None``: ``health:timeout`` from pillar.
 
     Returns ``healthy``, ``problems``, ``warnings``, ``server``, ``access``, ``migration``,
-    ``tables``, ``capacity``, ``secret``, ``backup`` and ``pending``; further ``foreign`` (what
+    ``tables``, ``capacity``, ``secret``, ``backup`` and ``pending``; further ``secrets`` (files of
+    further roles), ``drift`` (what a run would change of roles and databases), ``foreign`` (what
     others set in the server's files), ``configuration`` (errors in them) and ``fixed`` (what only a
     rebuild changes). Raises nothing.
     """
@@ -468,12 +480,15 @@ def _fill(
             for what in ("missing", "forbidden"):
                 answer["tables"][what] = inside.get(what)
         if row:
+            beside = __salt__["slmdb_secret_adoption.beside"]
+            answer["problems"] += parts.get("adoption", beside, default=[])
             _fill_from_server(answer, parts)
         elif found["exists"] and not found["running"]:
             answer["foreign"] = parts.get("foreign", _foreign, default=[])
         answer["secret"] = parts.get(
             "secret", __salt__["slmdb_secret.facts"], bool(row), default={}
         )
+        answer["secrets"] = parts.get("secret", __salt__["slmdb_secret.others"], default=[])
         left = max(moment - time.monotonic(), 0.1)
         answer["migration"] = parts.get(
             "migration", __salt__["slmdb_migration.revision"], left, default={}
@@ -493,4 +508,10 @@ def _fill_from_server(answer: dict[str, Any], parts: _Parts) -> None:
     answer["configuration"] = parts.get("configuration", errors, default=[])
     answer["pending"] = parts.get("pending", __salt__["slmdb_config.pending"], default=[])
     answer["foreign"] = parts.get("foreign", _foreign, default=[])
-    answer["fixed"] = parts.get("instance", __salt__["slmdb_instance.report"], default=[])
+    answer["drift"] = parts.get("roles", __salt__["slmdb_role.differences"], default={})
+    wanted = __salt__["slmdb_database.wanted"]
+    there = parts.get("databases", lambda: __salt__["slmdb_database.read"](list(wanted())))
+    if there is not None:
+        outside, fixed = __salt__["slmdb_database.outside"], __salt__["slmdb_instance.report"]
+        answer["drift"].update(parts.get("databases", outside, there, default={}))
+        answer["fixed"] = parts.get("instance", fixed, there, default=[])

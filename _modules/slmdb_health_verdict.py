@@ -18,6 +18,12 @@ AGE_WARNING = 1_000_000_000  # transactions; autovacuum acts at 200 million, the
 AGE_PROBLEM = 1_900_000_000
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
 BUSY = 0.9  # of the connections
+# Of a role or database: what keeps it from its work or lets it do more than pillar gives.
+GRAVE = {"login", "superuser", "createdb", "createrole", "replication", "bypassrls", "valid_until"}
+GRAVE |= {"connections allowed"}
+# What other lines say of the application's own.
+TOLD = ("login", "valid_until", "owner")
+SHUT = ("connection_limit", "connection limit", "owner's privileges")
 OUTSIDE = "the server runs outside its unit"
 
 
@@ -46,6 +52,8 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
     problems = [*_server(report, settings), *_inside(report, settings), *_access(report, settings)]
     warnings = [*_unit_warnings(report), *_address_warnings(report, settings)]
     warnings += _lost_secrets(report, settings)
+    for grave, line in _drift(report, settings):
+        (problems if grave else warnings).append(line)
     for part in (_secret, _upkeep, _capacity, _foreign):
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
@@ -110,6 +118,25 @@ def _let_in(server: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     if server["role_expired"]:
         expired = server["role_expired"]
         yield f"the password of role {settings['role']} expired at {expired}; {APPLY} renews it"
+
+
+def _drift(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """What a run would put right of roles and databases, but for what has a line of its own."""
+    own = (f"role {settings['role']}", f"database {settings['database']}")
+    for what, change in (report.get("drift") or {}).items():
+        subject, _, part = what.rpartition(": ")
+        shut_out = change["old"] == 0 or report["server"]["role_may_connect"] is False
+        if what in own or (subject in own and (part in TOLD or (part in SHUT and shut_out))):
+            continue
+        if change["new"] == "present":
+            yield True, f"{what} does not exist; {APPLY} makes it"
+        else:
+            words = f"is {_plainly(change['old'])}, not {_plainly(change['new'])}"
+            yield part in GRAVE, f"{what} {words}; {APPLY} puts it right"
+
+
+def _plainly(value: Any) -> str:
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def _in_force(overrides: list[dict[str, str]]) -> Iterable[dict[str, str]]:
@@ -179,21 +206,18 @@ def _lost_secrets(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[
 
 
 def _secret(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
-    secret = report["secret"]
-    if not secret:
-        return
-    file = secret["file"]
-    if secret["problem"]:
-        yield True, f"secret: {secret['problem']}"
-    elif not secret["exists"]:
-        new = f"on a new install {APPLY}.secret makes it"
-        yield True, f"secret: there is no {file}: bring it back; {new}"
-    if secret["in_step"] is False:
-        yield True, f"{file}: the password is not the server's; {APPLY}.secret sets it there"
-    for name, wanted in secret["wanted"].items():
-        seen = secret[name]
-        if seen not in (None, wanted):
-            yield _wider(name, seen, wanted), f"{file}: {name} is {seen}, not {wanted}"
+    for secret in (report["secret"], *(report.get("secrets") or [])):
+        if not secret:
+            continue
+        file = secret["file"]
+        if secret["problem"]:
+            yield True, f"secret: {secret['problem']}"
+        if secret.get("in_step") is False:
+            yield True, f"{file}: the password is not the server's; {APPLY}.secret sets it there"
+        for name, wanted in secret["wanted"].items():
+            seen = secret[name]
+            if seen not in (None, wanted):
+                yield _wider(name, seen, wanted), f"{file}: {name} is {seen}, not {wanted}"
 
 
 def _upkeep(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
@@ -298,7 +322,10 @@ def _migration(report: dict[str, Any]) -> Iterator[str]:
 
 def _waiting(report: dict[str, Any]) -> Iterator[str]:
     for row in report["pending"] or []:
-        yield f"{row['name']} {row['old']} → {row['new']} waits for a restart since {row['since']}"
+        old, new = row["old"], row["new"]
+        # Debian's programs take it from the file.
+        more = f"; psql and pg_isready need -p {old} until then" if row["name"] == "port" else ""
+        yield f"{row['name']} {old} → {new} waits for a restart since {row['since']}{more}"
     yield from report.get("fixed") or []
 
 

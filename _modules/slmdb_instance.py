@@ -540,7 +540,7 @@ def _why(answer: dict) -> str:
     return next((line for line in lines if "error:" in line.lower()), lines[-1])
 
 
-def report() -> list[str]:
+def report(present: dict[str, dict[str, Any]] | None = None) -> list[str]:
     """
     Name what differs from the settings and cannot be changed without rebuilding the instance.
 
@@ -550,26 +550,28 @@ def report() -> list[str]:
 
         salt-call slmdb_instance.report
 
+    present
+        The databases as ``slmdb_database.read`` gives them, if that is known.
+
     Returns one line per fact; empty if there is none. Raises ``CommandExecutionError`` if the
     server does not answer.
     """
     get = __salt__["slmdb_pillar.get"]
-    row = __salt__["slmdb_server.query"](
-        "SELECT current_setting('data_checksums') AS checksums, pg_encoding_to_char(encoding) "
-        "AS encoding, datcollate AS locale FROM pg_database WHERE datname = %s",
-        [get("database")],
-    )
-    if not row:
-        return []
-    lines = []
-    if get("data_checksums") and row[0]["checksums"] != "on":
+    wanted, lines = __salt__["slmdb_database.wanted"](), []
+    if present is None:
+        present = __salt__["slmdb_database.read"](list(wanted))
+    if get("data_checksums") and any(row["checksums"] != "on" for row in present.values()):
         lines.append("data checksums are off; pg_checksums --enable turns them on while it is down")
-    for what in ("encoding", "locale"):
-        if row[0][what].lower().replace("-", "") != get(what).lower().replace("-", ""):
-            lines.append(
-                f"slm_database:{what}: {get(what)} is wanted, database {get('database')} has "
-                f"{row[0][what]}; only a dump and a restore change it"
-            )
+    for name, found in present.items():
+        own = get("databases").get(name) or {}
+        for what in ("encoding", "locale"):
+            asked = wanted[name][what]
+            if found[what].lower().replace("-", "") != asked.lower().replace("-", ""):
+                key = f"databases:{name}:{what}" if own.get(what) else what
+                lines.append(
+                    f"slm_database:{key}: {asked} is wanted, database {name} has {found[what]}; "
+                    "only a dump and a restore change it"
+                )
     return lines
 
 

@@ -135,9 +135,20 @@ def _json(path: str) -> Any:
         return None
 
 
-def _recorded() -> dict | None:
-    recorded = _json(RECORD)
-    return recorded if isinstance(recorded, dict) else None
+def recorded() -> dict | None:
+    """
+    Return what the last apply of the whole formula was told.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pillar.recorded
+
+    Returns the settings of then, ``None`` if there is no record that can be read. Raises nothing.
+    """
+    kept = _json(RECORD)
+    return kept if isinstance(kept, dict) else None
 
 
 def _remembered() -> dict | None:
@@ -148,8 +159,8 @@ def _remembered() -> dict | None:
         return None
     known, merged = __context__.get("slmdb_remembered", (None, None))
     if known != stamp:
-        recorded = _recorded()
-        merged = _merge(_defaults(), recorded) if recorded else None
+        kept = recorded()
+        merged = _merge(_defaults(), kept) if kept else None
         __context__["slmdb_remembered"] = (stamp, merged)
     return merged
 
@@ -209,7 +220,7 @@ def settings() -> dict:
     told, merged = __context__.get("slmdb_settings", (None, None))
     if merged is None or told is not given:
         # salt-ssh has the files of the formula in a state run only; the record holds every setting.
-        below = _defaults() or ("slmdb_run" not in __context__ and _recorded())
+        below = _defaults() or ("slmdb_run" not in __context__ and recorded())
         if not below:
             raise CommandExecutionError(
                 f"slm_database: {FILES[0]} cannot be read; is the formula in file_roots?"

@@ -120,7 +120,7 @@ SCHEMA: dict[str, Any] = {
         "fingerprint": "fingerprint",
     },
     "packages": ("list", "package"),
-    "port": ("integer", 1, 65535),
+    "port": ("integer", 1024, 65535),  # the server's user may not listen below
     "listen_addresses": ("some", "listen_address"),
     "allow_remote": "boolean",
     "locale": "locale",

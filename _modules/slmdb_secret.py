@@ -260,13 +260,6 @@ def facts(server: bool = True, query: Any = None) -> dict[str, Any]:
     """
     want = __salt__["slmdb_secret_plan.wanted"]()
     found: dict[str, Any] = {
-        "file": want["file"],
-        "exists": False,
-        "owner": None,
-        "group": None,
-        "mode": None,
-        "wanted": {name: want[name] for name in ("owner", "group", "mode")},
-        "problem": None,
         "missing_keys": [],
         "url_stale": [],
         "url_unclear": [],
@@ -277,23 +270,60 @@ def facts(server: bool = True, query: Any = None) -> dict[str, Any]:
         "in_step": None,
         "left_behind": None,
     }
+    there, store = _there(want)
+    found.update(there)
+    if store is None:
+        return found
+    values = store.values()
+    found.update(_report(want, store, values))
+    if found["rotation"]:
+        found["problem"] = None  # it has the password under another key
+    if server and want["key"] in values:
+        with contextlib.suppress(CommandExecutionError):
+            found.update(_server_report(want, values[want["key"]], query))
+    return found
+
+
+def others() -> list[dict[str, Any]]:
+    """
+    Report on the secret files of the roles beside the application's, without any secret.
+
+    Returns file, exists, owner, group, mode, wanted and problem of each, as ``facts`` does.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_secret.others
+    """
+    return [
+        _there(want)[0] for want in __salt__["slmdb_secret_plan.everyone"]()[1:] if want["file"]
+    ]
+
+
+def _there(want: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A secret's file as a report has it, and its store, if it can be understood."""
+    found: dict[str, Any] = {
+        "file": want["file"],
+        "exists": False,
+        "owner": None,
+        "group": None,
+        "mode": None,
+        "wanted": {name: want[name] for name in ("owner", "group", "mode")},
+        "problem": None,
+    }
     try:
         store = __salt__["slmdb_secret_file.store"](want["file"])
         found.update(store.ownership(), exists=store.exists)
         store.check([want["key"], *want["url_keys"]])
     except (CommandExecutionError, SaltInvocationError) as err:
-        return {**found, "problem": err.strerror}
-    values = store.values()
-    found.update(_report(want, store, values))
-    if store.exists and want["key"] not in values and not found["rotation"]:
-        found["problem"] = (
-            f"{want['file']}: there is no {want['key']}: bring the copy back; on a new install "
-            "state.apply slm_database.secret makes it"
-        )
-    if server and want["key"] in values:
-        with contextlib.suppress(CommandExecutionError):
-            found.update(_server_report(want, values[want["key"]], query))
-    return found
+        return {**found, "problem": err.strerror}, None
+    if want["key"] not in store.values():
+        lost = f"{want['file']}: there is no {want['key']}"
+        lost = lost if store.exists else f"there is no {want['file']}"
+        apply = "state.apply slm_database.secret"
+        found["problem"] = f"{lost}: bring the copy back; on a new install {apply} makes it"
+    return found, store
 
 
 def _report(want: dict[str, Any], store: Any, values: dict[str, str]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def differences() -> dict[str, dict[str, Any]]:
 
     Returns ``{what: {"old": …, "new": …}}``, empty if ``slm_database:adopt`` asks for nothing or
     all is done. Raises ``CommandExecutionError`` if it cannot be done without interrupting the
-    backend, both names exist, or the password would be lost.
+    backend, both names exist, the password would be lost, or an empty database would come to
+    stand beside that of the last apply.
 
     CLI Example:
 
@@ -39,6 +40,44 @@ def differences() -> dict[str, dict[str, Any]]:
 
         salt-call slmdb_secret_adoption.differences
     """
+    changes = _renamed()
+    for line in beside(list(changes)):
+        raise CommandExecutionError(line)
+    return changes
+
+
+def beside(renamed: list[str] | None = None) -> list[str]:
+    """
+    Say which of the role and the database of the last apply would get an empty one beside it.
+
+    renamed
+        What is about to be renamed, such as ``role slm_app``; none of that is said.
+
+    Returns one line each; empty if pillar still names them, they are gone, or the new ones are
+    there already. Raises ``CommandExecutionError`` if the server cannot be asked.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_secret_adoption.beside
+    """
+    last, lines = __salt__["slmdb_pillar.recorded"]() or {}, []
+    for kind in ("role", "database"):
+        wanted, read = (__salt__[f"slmdb_{kind}.{verb}"] for verb in ("wanted", "read"))
+        old, new = last.get(kind), __salt__["slmdb_pillar.get"](kind)
+        if not old or old in wanted() or f"{kind} {old}" in (renamed or []):
+            continue
+        if list(read([old, new])) == [old]:
+            lines.append(
+                f"slm_database:{kind}: {kind} {old} of the last apply is here, and {new} would be "
+                f"made empty beside it: rename it with slm_database:adopt, or name {old} in "
+                f"slm_database:{kind}s if it is to stay"
+            )
+    return lines
+
+
+def _renamed() -> dict[str, dict[str, Any]]:
     adopt = __salt__["slmdb_pillar.get"]("adopt")
     role = __salt__["slmdb_pillar.get"]("role")
     old = adopt.get("role")

@@ -91,6 +91,17 @@ def test_a_rule_by_hand_is_seen_by_the_matrix_and_undone(settled):
     assert all(row["right"] for row in settled.call("slmdb_access.matrix"))
 
 
+def test_a_rule_by_hand_that_gives_the_superuser_away(settled):
+    """To whoever is on the host, or on another one; trust for somebody else is not that."""
+    before = HBA.read_text()
+    for rule in ("local all all trust", "host all all 10.0.0.0/8 trust"):
+        HBA.write_text(f"{rule}\n{before}")
+        (wrong,) = [row for row in settled.call("slmdb_access.matrix") if not row["right"]]
+        assert (wrong["login"], wrong["key"]) == ("anybody as postgres", "line 1")
+    HBA.write_text(f"{before}local all all trust\nlocal all autobot_slm trust\n")
+    assert all(row["right"] for row in settled.call("slmdb_access.matrix"))
+
+
 def test_debian_s_own_rules_are_judged_too(settled):
     """Before the formula: root comes in as postgres by no rule, whoever it is."""
     HBA.write_text("local all postgres peer\nlocal all all peer\n")

@@ -189,6 +189,18 @@ def test_what_is_taken_out_and_waits_is_no_error(settled):
     assert (waits["name"], waits["new"]) == ("max_wal_senders", "the default")
 
 
+def test_what_is_taken_back_before_the_restart_does_not_wait_any_more(settled):
+    """The server goes on calling it so; a maintenance would restart it for nothing."""
+    for settings in ({"max_wal_senders": 12, "shared_buffers": "200MB"}, {}):
+        tell(settled, settings=settings)
+        assert run(settled) == {"slmdb_config"}
+        names = [row["name"] for row in settled.call("slmdb_config.pending")]
+        assert names == sorted(settings)
+    assert settled.call("slmdb_pending.restart") == []
+    tell(settled, restart="now")
+    assert settled.state("slmdb_config.in_force").changes == {}
+
+
 def test_what_the_server_keeps_over_a_restart_must_find_room(settled):
     """An empty scratch instance has no prepared transaction and no replication slot."""
     room = {"max_prepared_transactions": 5, "wal_level": "logical"}
@@ -343,7 +355,8 @@ def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
     assert failed.result is False and words in failed.comment
     way_out = f"; ALTER SYSTEM wrote that: take it out of {place}, and start again"
     assert failed.comment.endswith(way_out)
-    said = " | ".join(line for what in SAID for line in settled.call("slmdb.health")[what])
+    answer = settled.call("slmdb.health")
+    said = " | ".join(answer["problems"] + answer["warnings"])
     if line != "nonsense":
         name = line.partition(" ")[0]
         assert f"{name} = " in said or f"{name} is " in said
@@ -351,9 +364,6 @@ def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
         assert "ALTER SYSTEM RESET" not in said
     AUTO.write_text(before)
     assert settled.state("slmdb_service.running").result is True
-
-
-SAID = ("problems", "warnings")
 
 
 def test_a_mistake_of_somebody_else_is_named_with_its_file_and_line(settled):

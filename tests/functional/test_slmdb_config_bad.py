@@ -100,6 +100,28 @@ RULES = {
         },
         "postgres over 127.0.0.1 would be admitted",
     ),
+    "anybody is postgres over the socket": (
+        {"type": "local", **EVERYBODY, "method": "trust"},
+        "before:0: anybody as postgres would be admitted, must be refused",
+    ),
+    "anybody is postgres in a database over the socket": (
+        {"type": "local", "database": "autobot_slm", "user": "all", "method": "trust"},
+        "before:0: anybody as postgres would be admitted",
+    ),
+    "anybody of another host is postgres": (
+        {"type": "host", **EVERYBODY, "address": "10.1.0.0/16", "method": "trust"},
+        "before:0: anybody as postgres would be admitted",
+    ),
+    "anybody may copy the whole server": (
+        {
+            "type": "host",
+            "database": "replication",
+            "user": "all",
+            "address": "all",
+            "method": "trust",
+        },
+        "before:0: anybody as postgres would be admitted",
+    ),
     "root needs a password": (
         {"type": "local", "database": "all", "user": "postgres", "method": "scram-sha-256"},
         "root over the socket as postgres would be refused",

@@ -340,6 +340,40 @@ def test_a_database_and_a_role_that_do_not_exist(minion):
     assert "role nobody_of_ours does not exist" in said
 
 
+def test_other_names_in_pillar_make_no_empty_database_beside_the_full_one(minion):
+    """A run is refused before it makes anything, until pillar says what becomes of the old ones."""
+    minion.call("slmdb_record.apply")
+    made = ("slmdb_secret.adopted", "slmdb_role.present", "slmdb_database.present")
+    names = {"role": "other", "database": "others"}
+    kept = {"roles": {"autobot_slm": None}, "databases": {"autobot_slm": {"owner": "autobot_slm"}}}
+    try:
+        minion.tell({"slm_database": names})
+        said = problems(minion)
+        for what, new in names.items():
+            words = f"slm_database:{what}: {what} autobot_slm of the last apply is here, and {new} "
+            assert words in said
+        for test in (True, False):
+            assert minion.state(made[0], test=test).result is False
+        assert ask(minion)["server"]["others"] == {
+            "databases": ["autobot_slm"],
+            "roles": ["autobot_slm"],
+        }
+        minion.tell({"slm_database": {**names, **kept}})
+        assert "of the last apply" not in problems(minion)
+        assert minion.state(made[0]).result is True
+        rename = {"role": "autobot_slm", "rename": True, "databases": {"autobot_slm": "others"}}
+        minion.tell({"slm_database": {**names, "adopt": rename}})
+        minion.call("slmdb_server.forget")
+        assert minion.state(made[0]).result is True
+        assert minion.state(made[0]).changes == {}
+    finally:
+        execute(minion, "ALTER DATABASE others RENAME TO autobot_slm")
+        execute(minion, "ALTER ROLE other RENAME TO autobot_slm")
+        minion.tell(None)
+        minion.call("slmdb_record.remove")
+    assert ask(minion)["server"]["others"] == {"databases": [], "roles": []}
+
+
 @pytest.mark.parametrize(("mode", "grave"), [(0o644, True), (0o600, False)])
 def test_the_mode_of_the_secret_file(minion, mode, grave):
     before = stat.S_IMODE(SECRET.stat().st_mode)
@@ -360,6 +394,75 @@ def test_no_secret_file(minion):
         assert f"there is no {SECRET}" in problems(minion)
     finally:
         aside.rename(SECRET)
+
+
+READER = Path("/etc/autobot/reader.env")
+FURTHER = {
+    "roles": {"reader": {"secret": {"file": str(READER), "key": "READER_PASSWORD"}}},
+    "databases": {"further": {"owner": "reader"}},
+}
+
+
+def test_further_roles_and_databases_are_looked_at(minion):
+    """They are there, as a run makes them, and their secret files are kept as well."""
+    minion.tell({"slm_database": FURTHER})
+    said = problems(minion)
+    assert "role reader does not exist; state.apply slm_database makes it" in said
+    assert "database further does not exist; state.apply slm_database makes it" in said
+    assert f"secret: there is no {READER}: bring the copy back" in said
+    try:
+        for noun in ("slmdb_role", "slmdb_secret", "slmdb_database"):
+            minion.call(f"{noun}.apply")
+        assert problems(minion) == ""
+        execute(minion, "ALTER ROLE reader NOLOGIN CONNECTION LIMIT 5")
+        execute(minion, "ALTER DATABASE further OWNER TO postgres")
+        READER.chmod(0o666)
+        answer = ask(minion)
+        assert sorted(answer["problems"]) == [
+            f"{READER}: mode is 0666, not 0640",
+            "role reader: login is False, not True; state.apply slm_database puts it right",
+        ]
+        for what in ("role reader: connection_limit is 5, not -1", "owner is postgres, not reader"):
+            assert [line for line in answer["warnings"] if what in line]
+        READER.unlink()
+        assert f"secret: there is no {READER}: bring the copy back" in problems(minion)
+    finally:
+        minion.tell(None)
+        execute(minion, "DROP DATABASE IF EXISTS further")
+        execute(minion, "DROP ROLE IF EXISTS reader")
+        READER.unlink(missing_ok=True)
+
+
+def test_the_encoding_of_further_databases_is_reported(minion):
+    minion.tell({"slm_database": {"databases": {"further": {}, "latin": {"encoding": "LATIN1"}}}})
+    for name in ("further", "latin"):
+        made = "ENCODING SQL_ASCII LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        execute(minion, f"CREATE DATABASE {name} OWNER autobot_slm {made}")
+    minion.call("slmdb_database.apply")
+    try:
+        said = [line for line in ask(minion)["fixed"] if "encoding" in line]
+        end = "has SQL_ASCII; only a dump and a restore change it"
+        assert said == [
+            f"slm_database:encoding: UTF8 is wanted, database further {end}",
+            f"slm_database:databases:latin:encoding: LATIN1 is wanted, database latin {end}",
+        ]
+    finally:
+        minion.tell(None)
+        execute(minion, "DROP DATABASE further")
+        execute(minion, "DROP DATABASE latin")
+
+
+@pytest.mark.parametrize("power", ["SUPERUSER", "CREATEROLE", "BYPASSRLS"])
+def test_an_application_that_was_given_more_than_its_own_is_a_problem(minion, power):
+    execute(minion, f"ALTER ROLE autobot_slm {power}")
+    try:
+        assert problems(minion) == (
+            f"role autobot_slm: {power.lower()} is True, not False; "
+            "state.apply slm_database puts it right"
+        )
+    finally:
+        minion.call("slmdb_role.apply")
+    assert problems(minion) == ""
 
 
 def test_an_access_rule_that_the_server_would_refuse(minion):
@@ -507,6 +610,22 @@ def test_a_setting_that_waits_for_a_restart_is_a_warning(minion):
         assert [row["name"] for row in answer["pending"]] == ["max_connections"]
         assert minion.call("slmdb.pending")["restart"] == answer["pending"]
         assert any("max_connections 100 → 120 waits" in line for line in answer["warnings"])
+    finally:
+        minion.tell(None)
+        minion.call("slmdb_config.apply")
+
+
+def test_until_a_new_port_is_in_force_debian_s_programs_need_the_old_one(minion):
+    """They take it from the file, as far as that is from what the server has."""
+    minion.tell({"slm_database": {"port": 5433}})
+    minion.call("slmdb_config.apply")
+    try:
+        answer = ask(minion)
+        assert answer["healthy"], answer["problems"]
+        end = "psql and pg_isready need -p 5432 until then"
+        assert [line for line in answer["warnings"] if line.endswith(end)]
+        asked = [subprocess.run(["pg_isready", *port]) for port in ([], ["-p", "5432"])]
+        assert [done.returncode for done in asked] == [2, 0]
     finally:
         minion.tell(None)
         minion.call("slmdb_config.apply")

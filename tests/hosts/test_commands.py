@@ -83,7 +83,9 @@ def test_a_minion_that_only_tests_by_itself_does_not_count(host):
 
 def test_the_health_is_asked_with_the_pillar_of_the_run(host):
     """Above the host's own, which may come from somewhere else too."""
-    health = 'return {"healthy": True, "problems": [], "warnings": [str(sorted(__pillar__.items()))]}'
+    health = (
+        'return {"healthy": True, "problems": [], "warnings": [str(sorted(__pillar__.items()))]}'
+    )
     host.write("/srv/other/_modules/slmdb.py", f"def health(timeout):\n    {health}\n")
     theirs = """ext_pillar: [{cmd_yaml: "echo '{theirs: 1, both: 1}'"}]\n"""
     host.write("/etc/salt/minion.d/theirs.conf", theirs)

@@ -163,3 +163,36 @@ def test_a_rule_that_can_never_decide_is_named(earlier, later, shadowed):
     assert bool(found) is shadowed
     if shadowed:
         assert found[0].startswith("line 2: ") and "(line 1)" in found[0]
+
+
+TRUST = {"type": "host", "database": ["all"], "user": ["all"], "method": "trust"}
+
+
+@pytest.mark.parametrize(
+    ("before", "rule", "given"),
+    [
+        ({}, {"address": "10.0.0.0/8"}, True),
+        ({}, {"address": "all"}, True),
+        ({}, {"address": "samenet"}, True),
+        ({}, {"address": "db.example"}, True),
+        ({}, {"type": "local"}, True),
+        ({}, {"type": "hostssl", "address": "fd00::/8"}, True),
+        ({}, {"address": "10.0.0.0/8", "user": ["reporting"]}, False),
+        ({}, {"address": "10.0.0.0/8", "user": ["+dba"]}, False),
+        ({}, {"address": "10.0.0.0/8", "user": ["+postgres"]}, True),
+        ({}, {"address": "10.0.0.0/8", "method": "md5"}, False),
+        ({"user": ["postgres"], "address": "all"}, {"address": "10.0.0.0/8"}, False),
+        ({"user": ["postgres"], "address": "10.1.0.0/16"}, {"address": "10.0.0.0/8"}, True),
+        ({"user": ["postgres"], "address": "all"}, {"type": "local"}, True),
+        (
+            {"user": ["postgres"], "address": "all"},
+            {"database": ["replication"], "address": "all"},
+            True,
+        ),
+    ],
+)
+def test_a_rule_that_gives_the_superuser_away(before, rule, given):
+    """Whoever decides before it counts, as far as that reaches."""
+    rules = [{**TRUST, **before, "method": "reject"}] if before else []
+    rules.append({**TRUST, **rule})
+    assert hba.given_away(rules, "postgres", []) == (rules[-1:] if given else [])

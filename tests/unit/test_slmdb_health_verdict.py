@@ -67,6 +67,8 @@ WELL = {
 MATRIX = {"login": "postgres over ::1", "expected": "refused", "judged": "admitted"}
 HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000}
 ELSEWHERE = {"name": "n", "value": "1", "ours": None, "danger": None, "file": "/f", "line": 3}
+OTHER_FILE = {**WELL["secret"], "file": "/r.env", "mode": "0666"}
+OTHER_FILE["wanted"] = {**OTHER_FILE["wanted"], "mode": "0600"}
 DISK = {"path": "/data", "free_bytes": 1}
 
 
@@ -132,7 +134,17 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("access.matrix", [{**MATRIX, "right": False, "key": "line 1"}], "would be admitted"),
         ("foreign", [{**ELSEWHERE, "danger": "why"}], "n is 1 in /f, line 3: why; take the line"),
         ("secret.problem", "the key is there twice", "secret: the key is there twice"),
-        ("secret.exists", False, f"there is no {FILE}"),
+        ("secrets", [OTHER_FILE], "/r.env: mode is 0666, not 0600"),
+        (
+            "drift",
+            {"role autobot_slm: superuser": {"old": True, "new": False}},
+            "role autobot_slm: superuser is True, not False; state.apply slm_database puts it",
+        ),
+        (
+            "drift",
+            {"database reports": {"old": None, "new": "present"}},
+            "database reports does not exist; state.apply slm_database makes it",
+        ),
         ("secret.in_step", False, "the password is not the server's"),
         ("secret.mode", "0644", "mode is 0644, not 0640"),
         ("capacity.disk.data", {**DISK, "free_percent": 2.9}, "the disk of data (/data) has 2.9"),
@@ -153,6 +165,11 @@ def test_a_problem(judge, path, value, words):
         ("access.addresses", ["127.0.0.1"], "nothing listens on ::1"),
         ("access.shadowed", ["line 2 never counts"], "access rule: line 2 never counts"),
         ("secret.mode", "0600", "mode is 0600"),
+        (
+            "drift",
+            {"role reporter: member_of": {"old": ["a", "b"], "new": []}},
+            "role reporter: member_of is a, b, not none; state.apply slm_database puts it right",
+        ),
         ("secret.in_step", None, "could not be compared with the server's"),
         ("secret.owner", "backend", "owner is backend"),
         ("secret.missing_keys", ["SLM_SECRET_KEY"], "own keys are missing: SLM_SECRET_KEY"),
@@ -254,3 +271,17 @@ def test_a_new_password_on_a_new_host_does_not_bring_the_backend_s_secrets(judge
 def test_a_server_that_did_not_answer_is_said_once(judge):
     said = judge("server.version", None)
     assert said == {"problems": [], "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("what", "old"),
+    [
+        ("role autobot_slm", None),
+        ("role autobot_slm: login", False),
+        ("role autobot_slm: connection_limit", 0),
+        ("database autobot_slm: owner", "other"),
+        ("database autobot_slm: connection limit", 0),
+    ],
+)
+def test_what_has_a_line_of_its_own_is_no_drift_as_well(judge, what, old):
+    assert judge("drift", {what: {"old": old, "new": 1}}) == {"problems": [], "warnings": []}

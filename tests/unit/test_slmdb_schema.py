@@ -157,11 +157,12 @@ WRONG = [
     ({"hba": {"befor": []}}, "hba:befor", "", "before"),
     (_rule(metod="md5"), "hba:before:0:metod", "", "method"),
     ({5432: 1}, "5432", "", "known here"),
-    ({"port": 0}, "port", "0", "1 to 65535"),
+    ({"port": 0}, "port", "0", "1024 to 65535"),
     ({"backup": {"copy": {"recipients": [CANARY]}}}, "backup:copy:recipients:0", "", "age1"),
-    ({"port": 70000}, "port", "70000", "1 to 65535"),
-    ({"port": -1}, "port", "-1", "1 to 65535"),
-    ({"port": True}, "port", "true", "1 to 65535"),
+    ({"port": 70000}, "port", "70000", "1024 to 65535"),
+    ({"port": 80}, "port", "80", "1024 to 65535"),
+    ({"port": -1}, "port", "-1", "1024 to 65535"),
+    ({"port": True}, "port", "true", "1024 to 65535"),
     ({"port": "5432"}, "port", '"5432"', "whole number"),
     ({"port": 5432.0}, "port", "5432.0", "whole number"),
     ({"port": None}, "port", "null", "whole number"),
@@ -341,7 +342,7 @@ def test_all_mistakes_are_reported_at_once():
 
 
 RIGHT = [
-    {"port": 1, "version": 17},
+    {"port": 1024, "version": 17},
     {"version": "17", "repository": "pgdg"},
     {"listen_addresses": ["localhost", "127.0.0.2"]},
     {"listen_addresses": ["*"], "allow_remote": True},
