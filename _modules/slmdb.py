@@ -15,6 +15,7 @@ __virtualname__ = "slmdb"
 # Values of such PostgreSQL settings hold, or may hold, a password.
 SENSITIVE = re.compile(r"passw|passphrase|conninfo|secret|token|credential", re.IGNORECASE)
 HIDDEN = "**********"
+SECONDS = (0.1, 3600)  # that an operator may wait
 
 TABLES = """
 SELECT n.nspname AS schema, c.relname AS name, pg_get_userbyid(c.relowner) AS owner,
@@ -46,8 +47,11 @@ def health(timeout: float | None = None) -> dict[str, Any]:
 
     Returns ``healthy``; ``problems`` and ``warnings`` (one line each; only problems make it
     unhealthy); ``server``, ``access``, ``migration``, ``tables``, ``capacity``, ``secret``,
-    ``backup`` and ``pending``. The return code is 1 if it is unhealthy. Raises nothing.
+    ``backup`` and ``pending``. The return code is 1 if it is unhealthy. Raises
+    ``SaltInvocationError`` for a timeout that is none.
     """
+    if timeout is not None:
+        __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, *SECONDS)
     answer = __salt__["slmdb_health.report"](timeout)
     if not answer["healthy"]:
         __context__["retcode"] = 1
@@ -65,11 +69,12 @@ def pg_isready(timeout: int = 1) -> dict[str, Any]:
         salt '*.19' slmdb.pg_isready
 
     timeout
-        Seconds to wait for an answer.
+        Whole seconds to wait for an answer.
 
     Returns ``retcode`` and ``line`` as ``pg_isready`` gives them, and has that return code. Raises
-    nothing.
+    ``SaltInvocationError`` for a timeout that is none.
     """
+    __salt__["slmdb_kinds.refuse"]("timeout", "integer", timeout, 1, SECONDS[1])
     try:
         answer = __salt__["slmdb_health.ready"](timeout)
     except CommandExecutionError as err:
@@ -94,8 +99,9 @@ def revision(timeout: float = 30) -> dict[str, Any]:
 
     Returns what ``slmdb_migration.revision`` does: ``state``, ``comment``, ``up_to_date``,
     ``tracked_by`` (the tables that track), ``current``, ``heads``, ``waiting`` and more. Raises
-    nothing but what wrong settings raise.
+    nothing but what wrong settings raise, and ``SaltInvocationError`` for a timeout that is none.
     """
+    __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, *SECONDS)
     return __salt__["slmdb_migration.revision"](timeout)
 
 

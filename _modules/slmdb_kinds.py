@@ -14,6 +14,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from salt.exceptions import SaltInvocationError
+
 __virtualname__ = "slmdb_kinds"
 
 METHODS = (
@@ -434,3 +436,32 @@ def mistake(kind: str, value: Any, arguments: tuple[Any, ...] = (), hidden: bool
     if isinstance(value, bool):
         line += " (YAML reads a bare on, off, yes or no as a boolean: text goes in quotes)"
     return line
+
+
+def refuse(argument: str, kind: str, value: Any, *arguments: Any) -> None:
+    """
+    Refuse an argument of a function whose value is not of a kind.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_kinds.refuse timeout amount 0 0.1 3600
+
+    argument
+        Its name.
+
+    kind
+        The name of the kind.
+
+    value
+        What was given.
+
+    arguments
+        What the kind needs to know, as for ``mistake``.
+
+    Returns nothing if the value is right. Raises ``SaltInvocationError`` with one line if not.
+    """
+    line = mistake(kind, value, arguments)
+    if line:
+        raise SaltInvocationError(f"{argument}: {line}")
