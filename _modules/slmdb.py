@@ -18,6 +18,7 @@ SENSITIVE = re.compile(
     r"passw(?!ord_encryption)|passphrase|conninfo|secret|token|credential", re.IGNORECASE
 )
 HIDDEN = "**********"
+SECONDS = (0.1, 3600)  # that an operator may wait
 
 TABLES = """
 SELECT n.nspname AS schema, c.relname AS name, pg_get_userbyid(c.relowner) AS owner,
@@ -49,8 +50,11 @@ def health(timeout: float | None = None) -> dict[str, Any]:
 
     Returns ``healthy``; ``problems`` and ``warnings`` (one line each; only problems make it
     unhealthy); ``server``, ``access``, ``migration``, ``tables``, ``capacity``, ``secret``,
-    ``backup`` and ``pending``. The return code is 1 if it is unhealthy. Raises nothing.
+    ``backup`` and ``pending``. The return code is 1 if it is unhealthy. Raises
+    ``SaltInvocationError`` for a timeout that is none.
     """
+    if timeout is not None:
+        __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, *SECONDS)
     answer = __salt__["slmdb_health.report"](timeout)
     if not answer["healthy"]:
         __context__["retcode"] = 1
@@ -68,11 +72,12 @@ def pg_isready(timeout: int = 1) -> dict[str, Any]:
         salt '*.19' slmdb.pg_isready
 
     timeout
-        Seconds to wait for an answer.
+        Whole seconds to wait for an answer.
 
     Returns ``retcode`` and ``line`` as ``pg_isready`` gives them, and has that return code. Raises
-    nothing.
+    ``SaltInvocationError`` for a timeout that is none.
     """
+    __salt__["slmdb_kinds.refuse"]("timeout", "integer", timeout, 1, SECONDS[1])
     try:
         answer = __salt__["slmdb_health.ready"](timeout)
     except CommandExecutionError as err:
@@ -97,8 +102,9 @@ def revision(timeout: float = 30) -> dict[str, Any]:
 
     Returns what ``slmdb_migration.revision`` does: ``state``, ``comment``, ``up_to_date``,
     ``tracked_by`` (the tables that track), ``current``, ``heads``, ``waiting`` and more. Raises
-    nothing but what wrong settings raise.
+    nothing but what wrong settings raise, and ``SaltInvocationError`` for a timeout that is none.
     """
+    __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, *SECONDS)
     return __salt__["slmdb_migration.revision"](timeout)
 
 

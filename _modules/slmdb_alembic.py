@@ -166,21 +166,32 @@ def _in_the_way(found: dict[str, Any]) -> str | None:
     try:
         pwd.getpwnam(found["user"])
     except KeyError:
-        return f"The backend's user {found['user']} does not exist on this host."
+        return _no_user(found["user"])
     return None
+
+
+def _no_user(name: str) -> str:
+    return f"The backend's user {name} does not exist on this host."
+
+
+def _entry(name: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        raise CommandExecutionError(_no_user(name)) from None
 
 
 def _identity(name: str) -> dict[str, Any]:
     """Popen's arguments that make a child another user, groups included."""
     if os.geteuid():
         return {}
-    entry = pwd.getpwnam(name)
+    entry = _entry(name)
     groups = os.getgrouplist(name, entry.pw_gid)
     return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": groups}
 
 
 def _plain_environment(name: str) -> dict[str, str]:
-    entry = pwd.getpwnam(name)
+    entry = _entry(name)
     return {
         "PATH": PATH,
         "HOME": entry.pw_dir,
@@ -330,8 +341,10 @@ def initialize(timeout: float) -> dict[str, Any]:
         Seconds; what was started is then killed.
 
     Returns ``retcode`` (``None`` if it was killed for its time), ``stdout`` and ``stderr``, secrets
-    masked. Raises ``CommandExecutionError`` if it cannot be started.
+    masked. Raises ``SaltInvocationError`` for a timeout that is none, ``CommandExecutionError`` if
+    it cannot be started.
     """
+    __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, 0.1, 86400)
     found = facts()
     given = __salt__["slmdb_pillar.get"]("migration", "initialize")
     command = shlex.split(given) if given else [found["python"], "-c", INITIALIZE]

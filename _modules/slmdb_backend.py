@@ -4,6 +4,7 @@ What the backend's unit needs from the database: its secrets, its place in the o
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from salt.loader.dunder import __opts__
@@ -104,7 +105,7 @@ def remove() -> None:
     """
     path, _ = _drop_in()
     __salt__["slmdb_file.remove"](path)
-    if not os.listdir(os.path.dirname(path)):
+    with contextlib.suppress(OSError):  # somebody else's files are in it, or it is not there
         os.rmdir(os.path.dirname(path))
     if __salt__["slmdb_instance.systemd"]():
         __salt__["slmdb_unit.reload_units"]()

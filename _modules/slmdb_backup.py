@@ -105,8 +105,10 @@ def rows(repository: int, timeout: float | None = None) -> list[dict[str, Any]]:
     timeout
         Seconds for pgBackRest to answer; ``None``: as long as it takes.
 
-    Returns what ``list`` returns. Raises ``CommandExecutionError`` if it cannot be read.
+    Returns what ``list`` returns. Raises ``SaltInvocationError`` if there is no such repository,
+    ``CommandExecutionError`` if it cannot be read.
     """
+    __salt__["slmdb_pgbackrest.refuse_unknown"](repository)
     found = __salt__["slmdb_pgbackrest.info"](timeout, repository)["backup"]
     return sorted((_row(one) for one in found), key=lambda row: (row["stopped"], row["label"]))
 
@@ -158,9 +160,11 @@ def info(timeout: float | None = None) -> dict[str, Any]:
     (pgBackRest's words), ``running`` (a backup, now), ``progress`` (per cent; ``None`` if it is not
     told), ``free_bytes``, ``backups`` (how many), ``newest`` (as ``list`` has it; ``None``),
     ``earliest`` (UTC; the first moment that can be restored), ``first_wal`` and ``last_wal``; and
-    ``others``, the same of the second, or its ``problem``. Raises ``CommandExecutionError`` if the
-    first cannot be read.
+    ``others``, the same of the second, or its ``problem``. Raises ``SaltInvocationError`` for a
+    timeout that is none, ``CommandExecutionError`` if the first cannot be read.
     """
+    if timeout is not None:
+        __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, 0.1, 3600)
     _enabled()
     first, *more = __salt__["slmdb_backup_repository.described"]()
     others = []

@@ -57,7 +57,7 @@ def create(wanted: str, everywhere: bool = True, wait: float = 0) -> dict[str, A
     ``SaltInvocationError`` for another type; ``CommandExecutionError`` that names each repository
     that failed, and what was made in the others.
     """
-    if wanted not in TYPES:
+    if wanted not in list(TYPES):
         raise SaltInvocationError(
             f"type: {wanted!r} is not a type of backup; allowed: {', '.join(TYPES)}"
         )

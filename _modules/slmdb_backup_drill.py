@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
-from salt.exceptions import CommandExecutionError, SaltInvocationError
+from salt.exceptions import CommandExecutionError
 from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_backup_drill"
@@ -152,11 +152,7 @@ def _turn(wanted: int | None) -> int:
     if wanted is None:
         usable = _with_backups() or set(numbers)
         return min(usable, key=lambda number: (drilled.get(str(number), ""), number))
-    if wanted not in numbers:
-        allowed = ", ".join(str(number) for number in numbers)
-        raise SaltInvocationError(
-            f"repository: there is no repository {wanted!r}; allowed: {allowed}"
-        )
+    __salt__["slmdb_pgbackrest.refuse_unknown"](wanted)
     return wanted
 
 

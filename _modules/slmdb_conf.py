@@ -205,11 +205,13 @@ def normal(value: Any, vartype: str, unit: str | None = None) -> str:
     digits = match[1]
     octal = vartype == "integer" and re.fullmatch(r"[-+]?0[0-7]+", digits)
     base = 16 if "x" in digits.lower() else 8 if octal else None
-    number = float(int(digits, base) if base else float(digits))
     factor = _factor(match[2], unit)
-    if factor is None:
+    try:
+        number = (float(int(digits, base)) if base else float(digits)) * (factor or math.nan)
+    except OverflowError:
         return raw
-    number *= factor
+    if not math.isfinite(number):
+        return raw
     return str(round(number)) if vartype == "integer" else f"{number:g}"
 
 

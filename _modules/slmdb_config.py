@@ -13,6 +13,12 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb_config"
 
 TUNED = "slm_database:tuning:profile"
+BY_MEMORY = (
+    *("effective_cache_size", "maintenance_work_mem", "max_connections", "shared_buffers"),
+    "work_mem",
+)
+# Where a setting has its value from although it is in our file: the server took it from nowhere.
+UNREAD = ("default", "override")
 MEMORY = "# Made for a memory of {}MB.\n"
 MODE = "0644"
 # Of each setting the line that counts.
@@ -124,7 +130,10 @@ def _key(name: str) -> str:
         return f"slm_database:settings:{name}"
     if name in __salt__["slmdb_pgbackrest.settings"]():
         return "slm_database:backup"
-    return f"slm_database:{name}" if name in ("port", "listen_addresses") else TUNED
+    if name in ("port", "listen_addresses"):
+        return f"slm_database:{name}"
+    by_memory = name in BY_MEMORY and _get("tuning", "memory")
+    return "slm_database:tuning:memory" if by_memory else TUNED
 
 
 def content() -> str:
@@ -177,7 +186,12 @@ def _objections(answer: dict[str, Any]) -> list[str]:
     if answer["objections"]:
         return [f"{_blame(words)}: {words}; correct it or remove it" for words in _named(answer)]
     loaded, allowed = answer["settings"], [name.lower() for name in _get("allow_unsafe")]
-    lines = []
+    lines = [
+        f"slm_database:settings:{name}: the server takes it from no file, a session sets it for "
+        "itself; remove it"
+        for name in sorted(set(_given()) & set(loaded))
+        if loaded[name]["context"] != "postmaster" and loaded[name]["source"] in UNREAD
+    ]
     for name in sorted(set(_given()) - set(loaded) - set(allowed)):
         lines.append(
             f"slm_database:settings:{name}: the server knows no such setting"
@@ -225,7 +239,7 @@ def _blame(words: str) -> str:
     """Return the pillar path, or the file, of the setting that the server's words are about."""
     settings = wanted()
     quoted = re.findall(r'"([^"]+)"', words)
-    for name in [*quoted, *re.findall(r"[a-z_]+(?:\.[a-z_]+)?", words)]:
+    for name in [*quoted, *re.findall(r"[A-Za-z_]+(?:\.[a-z_]+)?", words)]:
         if name.lower() in settings:
             return _key(name.lower())
     for name in _given():
@@ -236,6 +250,8 @@ def _blame(words: str) -> str:
         return place
     if "shared memory" in words:
         return _key("shared_buffers")
+    if "ssl" in _given() and re.search("certificate|private key", words):
+        return _key("ssl")
     return "slm_database:settings"
 
 

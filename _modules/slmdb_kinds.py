@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from salt.exceptions import SaltInvocationError
 from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_kinds"
@@ -45,7 +46,9 @@ ENCODINGS = (
     *(f"WIN{number}" for number in range(1250, 1259)),
     *("EUC_CN", "EUC_JIS_2004", "EUC_JP", "EUC_KR", "EUC_TW", "MULE_INTERNAL"),
 )
+_LARGE = 2**63  # beyond that PostgreSQL reads no number, and Python may write none
 ADDRESS_WORDS = ("all", "samehost", "samenet")
+_MAJORS = (*range(14, 19), *map(str, range(14, 19)))
 _DAY = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _DAYS = rf"{_DAY}(?:-{_DAY})?"
@@ -71,7 +74,7 @@ def _matches(pattern: str) -> Callable[[Any], bool]:
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return math.isfinite(value)
+    return abs(value) < _LARGE if isinstance(value, int) else math.isfinite(value)
 
 
 def _is_integer(value: Any, low: int, high: int) -> bool:
@@ -242,9 +245,7 @@ _KINDS: dict[str, _Kind] = {
     "major": _Kind(
         "a PostgreSQL major",
         "14 to 18",
-        lambda value: (
-            (str(value) if isinstance(value, int) else value) in ("14", "15", "16", "17", "18")
-        ),
+        lambda value: isinstance(value, (int, str)) and value in _MAJORS,
     ),
     "method": _Kind(
         "an authentication method", ", ".join(METHODS), lambda value: _is_choice(value, *METHODS)
@@ -395,6 +396,8 @@ def show(value: Any, hidden: bool = False) -> str:
             (name for kind, name in names.items() if isinstance(value, kind)),
             "a value that is not shown here",
         )
+    if isinstance(value, int) and abs(value) >= _LARGE:
+        return "a number of too many digits"
     if not isinstance(value, str):
         return str(value)[:60].splitlines()[0]
     size = len(value.encode(errors="replace"))
@@ -434,3 +437,32 @@ def mistake(kind: str, value: Any, arguments: tuple[Any, ...] = (), hidden: bool
     if isinstance(value, bool):
         line += " (YAML reads a bare on, off, yes or no as a boolean: text goes in quotes)"
     return line
+
+
+def refuse(argument: str, kind: str, value: Any, *arguments: Any) -> None:
+    """
+    Refuse an argument of a function whose value is not of a kind.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_kinds.refuse timeout amount 0 0.1 3600
+
+    argument
+        Its name.
+
+    kind
+        The name of the kind.
+
+    value
+        What was given.
+
+    arguments
+        What the kind needs to know, as for ``mistake``.
+
+    Returns nothing if the value is right. Raises ``SaltInvocationError`` with one line if not.
+    """
+    line = mistake(kind, value, arguments)
+    if line:
+        raise SaltInvocationError(f"{argument}: {line}")

@@ -189,7 +189,9 @@ def memory(loaded: dict[str, dict[str, Any]], bytes_there: int) -> dict[str, str
         found[name] = f"the server would take {_mb(shared)} of the host's {_mb(bytes_there)} memory"
     sessions = number["max_connections"] * (number["work_mem"] * 1024 + _SESSION)
     if sessions > _ABSURD * bytes_there:
-        found["max_connections"] = (
+        # The one that is further from what is usual.
+        many = number["max_connections"] / 100 >= number["work_mem"] / (64 * 1024)
+        found["max_connections" if many else "work_mem"] = (
             f"{number['max_connections']} sessions with work_mem of {number['work_mem']}kB would "
             f"take {_mb(sessions)}, the host has {_mb(bytes_there)}"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 from datetime import date, timedelta
 from typing import Any
 
+from salt.exceptions import SaltInvocationError
 from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_pending"
@@ -147,10 +148,14 @@ def end_of_life(today: str | None = None) -> dict[str, str] | None:
         A date as ``2027-06-01``; ``None``: today.
 
     Returns ``major``, ``ends`` (a date) and ``comment``; ``None`` if it has more time, or no date
-    is known. Raises nothing but what ``slmdb_instance.version`` raises.
+    is known. Raises ``SaltInvocationError`` for what is no date, else what
+    ``slmdb_instance.version`` raises.
     """
     major = __salt__["slmdb_instance.version"]()
-    moment = date.fromisoformat(str(today)) if today else date.today()
+    try:
+        moment = date.fromisoformat(str(today)) if today else date.today()
+    except ValueError:
+        raise SaltInvocationError(f"today: {today!r} is no date such as 2027-06-01") from None
     ends = END_OF_LIFE.get(major)
     if ends is None or moment < ends - SOON:
         return None

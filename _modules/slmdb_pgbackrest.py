@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from salt.exceptions import CommandExecutionError
+from salt.exceptions import CommandExecutionError, SaltInvocationError
 from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_pgbackrest"
@@ -182,6 +182,29 @@ def repositories() -> list[int]:
     Raises what wrong settings raise.
     """
     return [row["repository"] for row in __salt__["slmdb_backup_repository.described"]()]
+
+
+def refuse_unknown(repository: Any) -> None:
+    """
+    Refuse the number of a repository that there is not.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_pgbackrest.refuse_unknown 1
+
+    repository
+        A number.
+
+    Returns nothing. Raises ``SaltInvocationError`` with those that there are.
+    """
+    numbers = repositories()
+    if repository not in numbers:
+        raise SaltInvocationError(
+            f"repository: there is no repository {repository!r}; "
+            f"allowed: {', '.join(map(str, numbers))}"
+        )
 
 
 def config() -> str:

@@ -248,8 +248,9 @@ def get(*keys: str) -> Any:
     """
     value: Any = settings()
     for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            raise CommandExecutionError(f"slm_database:{':'.join(keys)}: there is no such setting")
+        if not isinstance(value, dict) or not isinstance(key, str) or key not in value:
+            path = ":".join(map(str, (TOP, *keys)))
+            raise CommandExecutionError(f"{path}: there is no such setting")
         value = value[key]
     return value
 

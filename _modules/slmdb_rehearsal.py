@@ -47,7 +47,7 @@ _OWN = {
     "cluster_name": "rehearsal",
 }
 _WORDS = re.compile(r"\b(LOG|WARNING|ERROR|FATAL|PANIC|HINT|DETAIL|postgres):\s+(.*)")
-_ALL_SETTINGS = "SELECT name, setting, unit, vartype, context, enumvals FROM pg_settings"
+_ALL_SETTINGS = "SELECT name, setting, unit, vartype, context, source, enumvals FROM pg_settings"
 
 
 def __virtual__() -> str:
@@ -339,6 +339,7 @@ def _place(match: re.Match[str]) -> str:
 def _words(log: str) -> list[str]:
     """Return the server's complaints, each with its hint, without the path of the scratch files."""
     found: list[str] = []
+    heard = ""
     for line in log.splitlines():
         match = _WORDS.search(line)
         if not match:
@@ -348,7 +349,9 @@ def _words(log: str) -> list[str]:
         if level in ("HINT", "DETAIL"):
             if found:
                 found[-1] += f" ({words})"
+        elif "contains errors" in words:
+            found += [heard] if heard and not found else []  # what a build lacks is only logged
         elif level != "LOG" or "parameter" in words or "syntax error" in words:
             found.append(words)
-    final = [words for words in found if "contains errors" not in words]
-    return final or found or ["the server stopped without a word"]
+        heard = words
+    return found or ["the server stopped without a word"]

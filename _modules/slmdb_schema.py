@@ -216,9 +216,7 @@ def __virtual__() -> str:
 
 
 def _join(path: str, key: Any) -> str:
-    plain = isinstance(key, int) or (
-        isinstance(key, str) and re.fullmatch(r"[\w.+@ -]{1,60}", key, re.ASCII)
-    )
+    plain = isinstance(key, str) and re.fullmatch(r"[\w.+@ -]{1,60}", key, re.ASCII)
     return f"{path}:{key if plain else __salt__['slmdb_kinds.show'](key)}"
 
 
@@ -230,7 +228,7 @@ def _unknown(path: str, key: Any, known: Any) -> str:
             "secret file, or name the pillar key that holds it (secret:from_pillar for the "
             "application, password_pillar for another role)"
         )
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(key if isinstance(key, str) else "", known, n=1, cutoff=0.6)
     advice = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(sorted(known))}"
     return f"{_join(path, key)}: there is no such key; {advice}"
 

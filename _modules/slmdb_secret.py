@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import grp
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -427,7 +428,8 @@ def fingerprint(file: str | None = None, key: str | None = None) -> dict[str, An
         hosts differ. Give the same text on two hosts to compare them.
 
     Returns file, server (the same digest if the server is in step, ``differs`` or None if it is not
-    there) and copy. Raises ``CommandExecutionError`` if a file cannot be read.
+    there) and copy. Raises ``SaltInvocationError`` if there is no such copy,
+    ``CommandExecutionError`` if a file cannot be read.
 
     CLI Example:
 
@@ -435,6 +437,10 @@ def fingerprint(file: str | None = None, key: str | None = None) -> dict[str, An
 
         salt-call slmdb_secret.fingerprint file=/mnt/copy/slm-secrets.env
     """
+    if file is not None:
+        __salt__["slmdb_kinds.refuse"]("file", "path", file)
+        if not os.path.lexists(file):
+            raise SaltInvocationError(f"file: there is no file {file}")
     want = __salt__["slmdb_secret_plan.wanted"]()
     text = key or _host_identity()
     password = _password_in(want["file"], want["key"])

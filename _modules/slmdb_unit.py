@@ -146,7 +146,8 @@ def reload_units() -> None:
     """
     answer = __salt__["cmd.run_all"](["systemctl", "daemon-reload"], python_shell=False)
     if answer["retcode"]:
-        raise CommandExecutionError(f"systemctl daemon-reload: {answer['stderr'].strip()}")
+        lines = answer["stderr"].strip().splitlines() or [f"exit status {answer['retcode']}"]
+        raise CommandExecutionError(f"systemctl daemon-reload: {lines[0]}")
 
 
 def leftovers() -> dict:

@@ -399,7 +399,7 @@ def test_the_server_s_own_objection_brings_back_what_was_there(settled):
     before = CONF.read_bytes()
     tell(settled, settings={"work_mem": "1"})
     rehearsed = settled.call("slmdb_rehearsal.with_rules", settled.call("slmdb_config.content"))
-    rehearsed.update(settled.call("slmdb_rehearsal.with_rules", ""))
+    rehearsed.update(settled.call("slmdb_rehearsal.with_rules", "work_mem = '4MB'"))
     words = "slm_database:settings:work_mem: the server says: "
     with pytest.raises(CommandExecutionError, match=words):
         settled.call("slmdb_config.apply")

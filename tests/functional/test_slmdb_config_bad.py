@@ -31,6 +31,16 @@ SETTINGS = {
         {"max_connections": 9000, "work_mem": "64MB"},
         "max_connections: 9000 sessions",
     ),
+    "more for each session than the memory": (
+        {"work_mem": "20GB"},
+        "settings:work_mem: 100 sessions .*lower work_mem",
+    ),
+    "what only a session has": (
+        {"transaction_isolation": "serializable"},
+        "transaction_isolation: the server takes it from no file",
+    ),
+    "what the server was built without": ({"bonjour": True}, "bonjour: Bonjour is not supported"),
+    "encryption with nothing": ({"ssl": True}, "settings:ssl: could not load server certificate"),
     "only reserved connections": (
         {"superuser_reserved_connections": 100},
         "superuser_reserved_connections",
@@ -366,6 +376,14 @@ def test_a_memory_in_pillar_makes_no_more_of_it(settled):
     tuning = {"profile": "off", "memory": "9000GB"}
     settled.tell({"slm_database": {"settings": settings, "tuning": tuning}})
     assert "max_connections: 9000 sessions" in " ".join(settled.call("slmdb_config.problems"))
+
+
+def test_a_memory_in_pillar_is_to_blame_for_what_follows_from_it(settled):
+    """Not the profile, which is right for any memory that there is."""
+    for memory in ("9000TB", "1MB"):
+        settled.tell({"slm_database": {"tuning": {"memory": memory}}})
+        lines = settled.call("slmdb_config.problems")
+        assert lines and all(line.startswith("slm_database:tuning:memory: ") for line in lines)
 
 
 def test_all_broken_promises_are_named_at_once(settled):

@@ -244,5 +244,5 @@ def test_a_server_that_ends_after_a_login_is_an_error_of_one_line(shared_server)
     with contextlib.closing(connect()) as connection:
         (row,) = ask(connection, "SELECT pg_backend_pid() AS pid")
         shared_server.call("slmdb_server.execute", f"SELECT pg_terminate_backend({row['pid']})")
-        with pytest.raises(CommandExecutionError, match="terminating|closed the connection"):
+        with pytest.raises(CommandExecutionError, match=r"terminating|closed the connection"):
             ask(connection, "SELECT 1")

@@ -85,6 +85,10 @@ def test_lines_are_read_as_the_server_reads_them(line, found):
         ("1GB", "integer", None, "1GB"),
         ("1GB", "integer", "ms", "1GB"),
         ("perhaps", "bool", None, "perhaps"),
+        ("0x" + "F" * 5000, "integer", None, "0x" + "F" * 5000),
+        ("0" + "7" * 5000, "integer", "kB", "0" + "7" * 5000),
+        ("9" * 5000, "integer", None, "9" * 5000),
+        ("1e400", "real", None, "1e400"),
     ],
 )
 def test_values_are_compared_in_the_server_s_units(value, vartype, unit, normal):
