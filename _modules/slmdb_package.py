@@ -50,7 +50,7 @@ def names() -> list[str]:
     if get("distribution", "contrib") and get("repository") == "distribution":
         wanted.append(get("distribution", "contrib"))
     if _system_python():
-        wanted.append("python3-psycopg2")
+        wanted += ["python3-psycopg2", "python3-dateutil"]
     if get("backup", "enabled"):
         wanted.append("pgbackrest")
         if get("backup", "copy", "recipients"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def test_the_distribution_s_packages_are_wanted(host):
     assert host().call("slmdb_package.names") == [*wanted, "pgbackrest"]
     without = host({"slm_database": {"backup": {"enabled": False}}})
     assert without.call("slmdb_package.names") == wanted
+
+
+def test_the_distribution_s_python_gets_what_salt_needs_of_it(host, monkeypatch):
+    """A Salt that came over SSH has neither the driver nor what looks at a window."""
+    monkeypatch.setattr("sys.prefix", sys.base_prefix)
+    monkeypatch.setattr("sys.executable", "/usr/bin/python3")
+    names = host().call("slmdb_package.names")
+    assert {"python3-psycopg2", "python3-dateutil"} <= set(names)
 
 
 def test_what_is_installed_is_left_alone(host):
