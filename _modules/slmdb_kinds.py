@@ -243,7 +243,7 @@ _KINDS: dict[str, _Kind] = {
         "a PostgreSQL major",
         "14 to 18",
         lambda value: (
-            (str(value) if isinstance(value, int) else value) in ("14", "15", "16", "17", "18")
+            (str(value) if isinstance(value, int) else value) in __salt__["slmdb_instance.majors"]()
         ),
     ),
     "method": _Kind(
