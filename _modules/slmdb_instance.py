@@ -20,6 +20,7 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb_instance"
 
 NAME = "main"
+MAJORS = ("14", "15", "16", "17", "18")
 UNIT = "autobot-slm-database"
 NAMED = 5  # of what keeps an instance, in one line
 # Any of these is where the application, and the formula's own login, connect.
@@ -60,6 +61,21 @@ def systemd() -> bool:
     return os.path.isdir("/run/systemd/system")
 
 
+def majors() -> tuple[str, ...]:
+    """
+    Return the PostgreSQL majors that the formula supports.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.majors
+
+    Returns texts, the lowest first. Raises nothing.
+    """
+    return MAJORS
+
+
 def _existing() -> list[str]:
     """The majors that have an instance of our name, lowest first."""
     try:
@@ -76,20 +92,20 @@ def _existing() -> list[str]:
 
 def _ours(existing: list[str]) -> str:
     """Of several majors the one that is ours: a package may have made an empty newer instance."""
-    for told in (_run_by_unit, _recorded, _at_the_wanted_port):
-        found = [major for major in told(existing) if major in existing]
+    for told in (_run_by_unit, _recorded, lambda: _at_the_wanted_port(existing)):
+        found = [major for major in told() if major in existing]
         if len(found) == 1:
             return found[0]
     return existing[-1]
 
 
-def _run_by_unit(existing: list[str]) -> list[str]:
+def _run_by_unit() -> list[str]:
     text = __salt__["slmdb_file.read"](f"/etc/systemd/system/{UNIT}.service") or b""
     program = r"^ExecStart=\S*/postgresql/([^/]+)/bin/"
     return re.findall(program, text.decode(errors="replace"), re.MULTILINE)
 
 
-def _recorded(existing: list[str]) -> list[str]:
+def _recorded() -> list[str]:
     """The major that the last apply was told, else the one whose server's package it held."""
     for path, pattern in RECORDS.items():
         try:
@@ -127,8 +143,8 @@ def version() -> str:
     Returns a string such as ``15``. Where several majors have an instance of our name and pillar
     names none: the one that our unit runs, else the one that was recorded, else the one whose
     server has the wanted port, else the highest. Raises ``CommandExecutionError`` if pillar asks
-    for another major than the one that exists, or the distribution is unknown and pillar names
-    none.
+    for another major than the one that exists, that one is not supported, or the distribution is
+    unknown and pillar names none.
 
     A run that saw an instance keeps its major, for a clean has more to undo when it is dropped.
     """
@@ -151,7 +167,13 @@ def _version() -> str:
     if asked:
         return str(asked)
     if existing:
-        return existing[0] if len(existing) == 1 else _ours(existing)
+        major = existing[0] if len(existing) == 1 else _ours(existing)
+        if major not in MAJORS:
+            raise CommandExecutionError(
+                f"slm_database:version: instance {major}/{NAME} exists; {MAJORS[0]} to "
+                f"{MAJORS[-1]} are supported: upgrade it first, or move it away"
+            )
+        return major
     offered = __salt__["slmdb_pillar.get"]("distribution", "version")
     if not offered:
         raise CommandExecutionError(

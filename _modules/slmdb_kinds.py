@@ -48,7 +48,6 @@ ENCODINGS = (
 )
 _LARGE = 2**63  # beyond that PostgreSQL reads no number, and Python may write none
 ADDRESS_WORDS = ("all", "samehost", "samenet")
-_MAJORS = (*range(14, 19), *map(str, range(14, 19)))
 _DAY = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _DAYS = rf"{_DAY}(?:-{_DAY})?"
@@ -87,6 +86,11 @@ def _is_amount(value: Any, low: float, high: float) -> bool:
 
 def _is_choice(value: Any, *choices: str) -> bool:
     return isinstance(value, str) and value in choices
+
+
+def _is_major(value: Any) -> bool:
+    majors = __salt__["slmdb_instance.majors"]()
+    return isinstance(value, (int, str)) and value in (*majors, *map(int, majors))
 
 
 def _is_identifier(value: Any) -> bool:
@@ -245,7 +249,7 @@ _KINDS: dict[str, _Kind] = {
     "major": _Kind(
         "a PostgreSQL major",
         "14 to 18",
-        lambda value: isinstance(value, (int, str)) and value in _MAJORS,
+        _is_major,
     ),
     "method": _Kind(
         "an authentication method", ", ".join(METHODS), lambda value: _is_choice(value, *METHODS)

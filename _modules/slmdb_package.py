@@ -22,6 +22,7 @@ STATUS = "/var/lib/dpkg/status"
 UPDATES = "/var/lib/dpkg/updates"
 FRESH = 3600  # seconds for which apt's lists are as good as new
 PART = 64 * 1024
+VERSION, PYTHON = "slm_database:version", "Salt in the distribution's Python"
 HALF_DONE = re.compile("half-installed|unpacked|half-configured|triggers-(awaited|pending)")
 FORMAT = "Package: ${Package}\nStatus: ${Status}\nVersion: ${Version}\n\n"
 
@@ -43,21 +44,28 @@ def names() -> list[str]:
     Returns package names: server, client, contrib, and those of ``slm_database:packages``. Raises
     ``CommandExecutionError`` if the major cannot be told.
     """
+    return list(_wanted())
+
+
+def _wanted() -> dict[str, str]:
+    """The packages, and what wants each: a key of pillar, but for Salt's own."""
     get = __salt__["slmdb_pillar.get"]
     major = __salt__["slmdb_instance.version"]()
-    wanted = [f"postgresql-{major}", f"postgresql-client-{major}"]
+    wanted = dict.fromkeys([f"postgresql-{major}", f"postgresql-client-{major}"], VERSION)
     # PGDG's contrib package is a meta-package: it would bring the newest major's server along.
     if get("distribution", "contrib") and get("repository") == "distribution":
-        wanted.append(get("distribution", "contrib"))
+        wanted[get("distribution", "contrib")] = VERSION
     if _system_python():
-        wanted.append("python3-psycopg2")
+        wanted.update(dict.fromkeys(["python3-psycopg2", "python3-dateutil"], PYTHON))
     if get("backup", "enabled"):
-        wanted.append("pgbackrest")
+        wanted["pgbackrest"] = "slm_database:backup:enabled"
         if get("backup", "copy", "recipients"):
-            wanted.append("age")
+            wanted["age"] = "slm_database:backup:copy:recipients"
         if get("backup", "second", "type") == "host":
-            wanted.append("openssh-client")
-    return wanted + [name for name in get("packages") if name not in wanted]
+            wanted["openssh-client"] = "slm_database:backup:second:type"
+    for name in get("packages"):
+        wanted.setdefault(name, "slm_database:packages")
+    return wanted
 
 
 def _system_python() -> bool:
@@ -156,6 +164,21 @@ def _unavailable(missing: list[str]) -> list[str]:
     return absent
 
 
+def _refusal(absent: list[str]) -> str:
+    """One line for each key that wants a package that nobody offers."""
+    wanted = _wanted()
+    lines = []
+    for key in dict.fromkeys(wanted[name] for name in absent):
+        names = ", ".join(name for name in absent if wanted[name] == key)
+        do = "correct it, or add a source that does"
+        if key == VERSION:
+            do = "choose another version, or repository: pgdg"
+        elif key == PYTHON:
+            do = "add a source that does"
+        lines.append(f"{key}: the package sources of this host do not offer {names}; {do}")
+    return "\n".join(lines)
+
+
 def apply() -> None:
     """
     Install what is missing, and update no server; its package creates no instance of its own.
@@ -172,11 +195,7 @@ def apply() -> None:
     missing = _missing()
     absent = _unavailable(missing)
     if absent:
-        major = __salt__["slmdb_instance.version"]()
-        raise CommandExecutionError(
-            f"slm_database:version: PostgreSQL {major}: the package sources of this host do not "
-            f"offer {', '.join(absent)}; choose another version, or repository: pgdg"
-        )
+        raise CommandExecutionError(_refusal(absent))
     if missing:
         if not __salt__["slmdb_instance.facts"]()["exists"]:
             path, text = __salt__["slmdb_package.no_cluster"]()

@@ -14,7 +14,6 @@ __virtualname__ = "slmdb_pending"
 
 # When the community's support of a major ends: https://www.postgresql.org/support/versioning/
 END_OF_LIFE = {
-    "13": date(2025, 11, 13),
     "14": date(2026, 11, 12),
     "15": date(2027, 11, 11),
     "16": date(2028, 11, 9),

@@ -35,7 +35,7 @@ def kept() -> str | None:
 
 def differences() -> dict[str, dict[str, Any]]:
     """
-    Say which of our keys are in the secret files.
+    Say which of our keys are in the secret files, if ``slm_database:clean:secret`` gives them up.
 
     Returns what would go as ``{what: {"old": "present", "new": None}}``. Raises
     ``CommandExecutionError`` if a file cannot be read.
@@ -47,7 +47,7 @@ def differences() -> dict[str, dict[str, Any]]:
         salt-call slmdb_secret_removal.differences
     """
     changes = {}
-    for want in _targets():
+    for want in _given_up():
         store = __salt__["slmdb_secret_file.store"](want["file"])
         for key in _ours(want, store):
             changes[f"{want['file']}: {key}"] = {"old": "present", "new": None}
@@ -56,7 +56,7 @@ def differences() -> dict[str, dict[str, Any]]:
 
 def apply() -> None:
     """
-    Remove our keys, and a file that holds nothing else.
+    Remove the keys that ``differences`` names, and a file that holds nothing else.
 
     Returns nothing. Raises ``CommandExecutionError`` if a file cannot be read or written.
 
@@ -66,7 +66,7 @@ def apply() -> None:
 
         salt-call slmdb_secret_removal.apply
     """
-    for want in _targets():
+    for want in _given_up():
         store = __salt__["slmdb_secret_file.store"](want["file"])
         keys = _ours(want, store)
         if not keys:
@@ -80,6 +80,10 @@ def apply() -> None:
 
 def _targets() -> list[dict[str, Any]]:
     return [want for want in __salt__["slmdb_secret_plan.everyone"]() if want["file"]]
+
+
+def _given_up() -> list[dict[str, Any]]:
+    return _targets() if __salt__["slmdb_pillar.get"]("clean", "secret") else []
 
 
 def _ours(want: dict[str, Any], store: Any) -> list[str]:

@@ -179,8 +179,13 @@ def spans(windows: list, now: float) -> dict[str, float | None]:
     (``None`` if there is none), both in seconds since the epoch. Raises ``CommandExecutionError``
     if ``dateutil`` is missing or a window is wrong.
     """
+    if not windows:
+        return {"until": None, "next": None}
     if not _dateutil():
-        raise CommandExecutionError(f"{KEY}:windows: dateutil is missing in Salt's Python")
+        raise CommandExecutionError(
+            f"{KEY}:windows: dateutil is missing in Salt's Python; "
+            "state.apply slm_database.package installs it"
+        )
     wrong = problems(windows)
     if wrong:
         raise CommandExecutionError("\n".join(wrong))

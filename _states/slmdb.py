@@ -1,5 +1,5 @@
 """
-The one way in which a state of this formula makes something true.
+The one way in which a state of this formula makes something true, and the one in which it asks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb"
 
+EXPECTED = (CommandExecutionError, SaltInvocationError, OSError)
+
 
 def __virtual__() -> str:
     return __virtualname__
@@ -17,6 +19,13 @@ def __virtual__() -> str:
 
 def _answer(name: str, result: bool | None, comment: str, changes: dict | None = None) -> dict:
     return {"name": name, "result": result, "comment": comment, "changes": changes or {}}
+
+
+def _line(err: Exception) -> str:
+    if isinstance(err, OSError) and err.strerror:
+        where = err.filename2 or err.filename
+        return f"{where}: {err.strerror}" if where else err.strerror
+    return str(err)
 
 
 def _unknown(name: str) -> dict:
@@ -38,6 +47,7 @@ def converge(
     wanted: dict[str, Any] | None = None,
     server: bool = False,
     verbs: tuple[str, str] = ("differences", "apply"),
+    why: str = "",
 ) -> dict:
     """
     Make a noun what it should be: read, compare, return if equal, write, read again.
@@ -53,6 +63,8 @@ def converge(
         change waits for it, one that was applied before that nothing can be compared.
     verbs
         The functions that compare and write; ``("leftovers", "remove")`` undoes the noun.
+    why
+        A function that says in one line why nothing is to be done, or returns nothing.
 
     Returns a state's result dictionary. An error becomes a failed result with its one line.
     """
@@ -63,13 +75,35 @@ def converge(
             return _unknown(name)
         changes = __salt__[compare](**wanted)
         if not changes:
-            return _answer(name, True, "Already as it should be.")
+            said = __salt__[why]() if why else None
+            return _answer(name, True, said or "Already as it should be.")
         if __opts__["test"]:
             return _answer(name, None, "Would be changed.", changes)
         __salt__[write](**wanted)
         left = __salt__[compare](**wanted)
-    except (CommandExecutionError, SaltInvocationError) as err:
-        return _answer(name, False, str(err))
+    except EXPECTED as err:
+        return _answer(name, False, _line(err))
     if left:
         return _answer(name, False, f"Did not converge: {', '.join(sorted(left))}.", changes)
     return _answer(name, True, "Changed.", changes)
+
+
+def ask(name: str, function: str, right: str) -> dict:
+    """
+    Ask what is wrong, and change nothing.
+
+    name
+        The state's name.
+    function
+        An execution function that returns one line or several, or nothing where all is right.
+    right
+        The comment where all is right.
+
+    Returns a state's result dictionary: failed, with these lines or an error's one line, or true.
+    """
+    try:
+        wrong = __salt__[function]() or []
+    except EXPECTED as err:
+        wrong = _line(err)
+    lines = [wrong] if isinstance(wrong, str) else wrong
+    return _answer(name, not lines, "\n".join(lines) or right)

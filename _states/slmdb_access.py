@@ -4,8 +4,6 @@ Who may log in: the rules are in place, and seen to work.
 
 from __future__ import annotations
 
-from salt.exceptions import CommandExecutionError, SaltInvocationError
-
 __virtualname__ = "slmdb_access"
 
 
@@ -42,13 +40,7 @@ def verified(name: str) -> dict:
 
     In test mode nobody logs in: what is not right yet may be what the run would make right.
     """
-    result = {"name": name, "changes": {}, "result": True, "comment": "The login matrix is right."}
     if __opts__["test"]:
-        return {**result, "comment": "The login matrix would be tried."}
-    try:
-        wrong = __salt__["slmdb_access.verify"]()
-    except (CommandExecutionError, SaltInvocationError) as err:
-        return {**result, "result": False, "comment": str(err.strerror)}
-    if wrong:
-        return {**result, "result": False, "comment": "\n".join(wrong)}
-    return result
+        comment = "The login matrix would be tried."
+        return {"name": name, "changes": {}, "result": True, "comment": comment}
+    return __states__["slmdb.ask"](name, "slmdb_access.verify", "The login matrix is right.")

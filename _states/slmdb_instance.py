@@ -4,8 +4,6 @@ The instance exists.
 
 from __future__ import annotations
 
-from salt.exceptions import CommandExecutionError
-
 __virtualname__ = "slmdb_instance"
 
 
@@ -30,12 +28,7 @@ def port_available(name: str) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     """
-    try:
-        problem = __salt__["slmdb_instance.port_problem"]()
-    except CommandExecutionError as err:
-        problem = str(err)
-    comment = problem or "The port is ours or free."
-    return {"name": name, "changes": {}, "result": problem is None, "comment": comment}
+    return __states__["slmdb.ask"](name, "slmdb_instance.port_problem", "The port is ours or free.")
 
 
 def absent(name: str) -> dict:
@@ -45,7 +38,5 @@ def absent(name: str) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     """
-    answer = __states__["slmdb.converge"](name, "slmdb_instance", verbs=("leftovers", "remove"))
-    if answer["result"] and not answer["changes"]:
-        answer["comment"] = __salt__["slmdb_instance.why_kept"]() or answer["comment"]
-    return answer
+    verbs, why = ("leftovers", "remove"), "slmdb_instance.why_kept"
+    return __states__["slmdb.converge"](name, "slmdb_instance", verbs=verbs, why=why)

@@ -27,7 +27,7 @@ def done(name: str, long_transaction: int = 60) -> dict:
     """
     try:
         result = _done(long_transaction)
-    except (CommandExecutionError, SaltInvocationError) as err:
+    except (CommandExecutionError, SaltInvocationError, OSError) as err:
         result = {"result": False, "changes": {}, "comment": str(err)}
     return {"name": name, **result}
 

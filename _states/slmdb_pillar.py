@@ -28,6 +28,4 @@ def valid(name: str, defaults: str = "", distributions: str = "") -> dict:
           slmdb_pillar.valid
     """
     __salt__["slmdb_pillar.begin_run"]()
-    mistakes = __salt__["slmdb_pillar.problems"]()
-    comment = "\n".join(mistakes) or "The pillar is valid."
-    return {"name": name, "changes": {}, "result": not mistakes, "comment": comment}
+    return __states__["slmdb.ask"](name, "slmdb_pillar.problems", "The pillar is valid.")

@@ -40,6 +40,5 @@ def kept(name: str) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     """
-    lines = __salt__["slmdb_record.kept"]()
-    comment = "\n".join(lines) or "Nothing of the formula is left."
-    return {"name": name, "changes": {}, "result": True, "comment": comment}
+    fine = "Nothing of the formula is left."
+    return {**__states__["slmdb.ask"](name, "slmdb_record.kept", fine), "result": True}

@@ -31,9 +31,7 @@ def applicable(name: str) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     """
-    problem = __salt__["slmdb_secret.problem"]()
-    comment = problem or "The secret can be applied."
-    return {"name": name, "result": problem is None, "comment": comment, "changes": {}}
+    return __states__["slmdb.ask"](name, "slmdb_secret.problem", "The secret can be applied.")
 
 
 def present(name: str, **wanted: Any) -> dict:
@@ -78,7 +76,5 @@ def absent(name: str) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     """
-    kept = __salt__["slmdb_secret_removal.kept"]()
-    if kept:
-        return {"name": name, "result": True, "comment": kept, "changes": {}}
-    return __states__["slmdb.converge"](name, "slmdb_secret_removal")
+    why = "slmdb_secret_removal.kept"
+    return __states__["slmdb.converge"](name, "slmdb_secret_removal", why=why)

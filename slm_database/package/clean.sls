@@ -1,5 +1,5 @@
 #!yaml
-# The packages go only with slm_database:clean:packages.
+# The packages go only with slm_database:clean:packages; their repository goes, whatever came from it.
 include:
   - slm_database.check
 
@@ -7,3 +7,8 @@ The packages are as they were where pillar says so:
   slmdb_package.absent:
     - require:
       - slmdb_pillar: The pillar is valid
+
+PGDG's repository is gone:
+  slmdb_repository.absent:
+    - require:
+      - slmdb_package: The packages are as they were where pillar says so

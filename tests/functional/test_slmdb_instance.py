@@ -199,15 +199,15 @@ def test_a_stale_postmaster_pid_is_not_a_server(instance, minions):
 
 def test_a_run_keeps_the_major_of_an_instance_that_it_drops(host):
     """An adopted one of another major: its mask is still undone when it is gone."""
-    configuration = Path("/etc/postgresql/13/main")
-    mask = Path("/etc/systemd/system/postgresql@13-main.service")
+    configuration = Path("/etc/postgresql/14/main")
+    mask = Path("/etc/systemd/system/postgresql@14-main.service")
     configuration.mkdir(parents=True)
     (configuration / "postgresql.conf").write_text("")
     mask.symlink_to("/dev/null")
     host.call("slmdb_pillar.begin_run")
-    assert host.call("slmdb_instance.version") == "13"
+    assert host.call("slmdb_instance.version") == "14"
     (configuration / "postgresql.conf").unlink()
-    assert host.call("slmdb_package.names")[0] == "postgresql-13"
+    assert host.call("slmdb_package.names")[0] == "postgresql-14"
     assert mask.name in host.call("slmdb_unit.leftovers")
     host.call("slmdb_pillar.begin_run")
     assert host.call("slmdb_instance.version") == "15"
@@ -246,3 +246,19 @@ def test_a_server_that_ends_after_a_login_is_an_error_of_one_line(shared_server)
         shared_server.call("slmdb_server.execute", f"SELECT pg_terminate_backend({row['pid']})")
         with pytest.raises(CommandExecutionError, match=r"terminating|closed the connection"):
             ask(connection, "SELECT 1")
+
+
+def test_a_major_that_is_not_supported_is_refused_before_anything_is_touched(host):
+    """What the formula needs of a server is not in it; one of a supported major is not minded."""
+    old = Path("/etc/postgresql/13/main/postgresql.conf")
+    old.parent.mkdir(parents=True)
+    old.touch()
+    for function in ("slmdb_secret.applicable", "slmdb_instance.port_available"):
+        result = host.state(function)
+        assert (result.result, result.changes) == (False, {})
+        assert result.comment == (
+            "slm_database:version: instance 13/main exists; 14 to 18 are supported: "
+            "upgrade it first, or move it away"
+        )
+    create()
+    assert host.call("slmdb_instance.version") == "15"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,21 +26,40 @@ def test_the_distribution_s_packages_are_wanted(host):
     assert without.call("slmdb_package.names") == wanted
 
 
+def test_the_distribution_s_python_gets_what_salt_needs_of_it(host, monkeypatch):
+    """A Salt that came over SSH has neither the driver nor what looks at a window."""
+    monkeypatch.setattr("sys.prefix", sys.base_prefix)
+    monkeypatch.setattr("sys.executable", "/usr/bin/python3")
+    names = host().call("slmdb_package.names")
+    assert {"python3-psycopg2", "python3-dateutil"} <= set(names)
+
+
 def test_what_is_installed_is_left_alone(host):
     """The test machine has the packages."""
     result = host().state("slmdb_package.installed")
     assert (result.result, result.changes) == (True, {})
 
 
-@pytest.mark.parametrize(
-    "pillar", [{"version": "99"}, {"packages": ["no-such-package"]}], ids=["version", "package"]
-)
-def test_a_package_that_nobody_offers_is_one_line(host, pillar):
-    """Nothing is installed, and no trace is left."""
+def test_a_package_that_nobody_offers_is_one_line_for_each_key(host):
+    """The key is the one that wants it. Nothing is installed, and no trace is left."""
+    # Nothing is installed here, and nobody offers anything.
+    Path("/var/lib/dpkg/status").write_text("")
+    for path in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").iterdir()):
+        path.unlink(missing_ok=True)
+    backup = {"copy": {"recipients": ["age1"]}, "second": {"type": "host"}}
+    pillar = {"version": "17", "packages": ["no-such-package", "age"], "backup": backup}
     result = host({"slm_database": pillar}).state("slmdb_package.installed")
     assert result.result is False
-    assert str(result.comment).startswith("slm_database:version: PostgreSQL ")
-    assert "do not offer" in str(result.comment) and "\n" not in str(result.comment)
+    offered = "the package sources of this host do not offer"
+    do = "correct it, or add a source that does"
+    assert str(result.comment).splitlines() == [
+        f"slm_database:version: {offered} postgresql-17, postgresql-client-17, "
+        "postgresql-contrib; choose another version, or repository: pgdg",
+        f"slm_database:backup:enabled: {offered} pgbackrest; {do}",
+        f"slm_database:backup:copy:recipients: {offered} age; {do}",
+        f"slm_database:backup:second:type: {offered} openssh-client; {do}",
+        f"slm_database:packages: {offered} no-such-package; {do}",
+    ]
     assert not Path("/etc/postgresql-common/createcluster.d").exists()
 
 

@@ -207,3 +207,15 @@ def test_the_key_that_the_formula_ships_is_pgdg_s(bare, minions):
     path = minion.call("cp.cache_file", minion.call("slmdb_pillar.get", "pgdg", "key"))
     assert list(minion.call("slmdb_repository.keys", Path(path).read_bytes())) == [PGDG]
     assert minion.call("slmdb_pillar.get", "pgdg", "fingerprint") == PGDG
+
+
+def test_a_clean_takes_the_repository_away(host):
+    """Though pillar goes on asking for it; a second clean finds nothing."""
+    minion = host()
+    assert minion.state("slmdb_repository.present").result is True
+    files = {str(KEYRING), str(SOURCE)}
+    for test, result, changes in ((True, None, files), (False, True, files), (False, True, set())):
+        run = minion.call("state.apply", "slm_database.package.clean", test=test)
+        gone = {one["__id__"]: one for one in run.raw.values()}["PGDG's repository is gone"]
+        assert (gone["result"], set(gone["changes"])) == (result, changes)
+    assert _traces() == set()

@@ -74,8 +74,11 @@ def test_salt_ssh_reaches_that_name(site, target):
 
 
 def test_salt_ssh_applies_at_the_first_try(site):
-    """Nothing of Salt is on the host before."""
-    walk(site.salt_ssh(".19"), ("-L", ".19"), ".19")
+    """Nothing of Salt is on the host before; after it a window can be looked at as well."""
+    salt_ssh = site.salt_ssh(".19")
+    walk(salt_ssh, ("-L", ".19"), ".19")
+    window = salt_ssh("-L", ".19", "slmdb_window.spans", "['Sun 02:00-04:00']", "1767225600")
+    assert window.of(".19")["next"] > 1767225600, window.text
 
 
 def test_a_mistake_in_the_masters_pillar_touches_nothing(site):

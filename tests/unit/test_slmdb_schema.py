@@ -28,8 +28,9 @@ def _load(name):
 
 DEFAULTS = yaml.safe_load((sls.CHECKOUT / "slm_database" / "defaults.yaml").read_text())
 EXAMPLE_TEXT = (sls.CHECKOUT / "pillar.example").read_text()
-KINDS, SCHEMA, WINDOW, REPOSITORY = (
-    _load(f"slmdb_{noun}") for noun in ("kinds", "schema", "window", "backup_repository")
+KINDS, SCHEMA, WINDOW, REPOSITORY, INSTANCE, PENDING = (
+    _load(f"slmdb_{noun}")
+    for noun in ("kinds", "schema", "window", "backup_repository", "instance", "pending")
 )
 
 
@@ -40,6 +41,7 @@ def _default(*keys):
     return value
 
 
+KINDS.__salt__ = {"slmdb_instance.majors": INSTANCE.majors}
 SCHEMA.__salt__ = {
     "slmdb_backup_repository.problems": REPOSITORY.problems,
     "slmdb_kinds.mistake": KINDS.mistake,
@@ -560,3 +562,11 @@ def test_every_setting_has_a_reader():
     )
     names = {path.rpartition(":")[2] for path in _settled(SCHEMA.SCHEMA)}
     assert names - set(re.findall(r"""["'](\w+)["']""", code)) == set()
+
+
+def test_each_supported_major_has_an_end():
+    """What is allowed, what an instance may have, and whose end is announced are the same."""
+    assert tuple(PENDING.END_OF_LIFE) == INSTANCE.majors()
+    for major in ("13", *INSTANCE.majors(), "19"):
+        assert (problems(_pillar("version", major)) == []) == (major in INSTANCE.majors())
+    assert KINDS.mistake("major", "13").endswith("14 to 18")

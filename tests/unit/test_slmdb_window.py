@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -11,6 +12,7 @@ import pytest
 from dateutil import tz
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from salt.exceptions import CommandExecutionError
 
 PATH = Path(__file__).resolve().parents[2] / "_modules/slmdb_window.py"
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -35,6 +37,17 @@ def at(text, zone=BERLIN, fold=0):
 
 def ruled(rule, start="02:00", duration="2h", **more):
     return {"rrule": rule, "start": start, "duration": duration, **more}
+
+
+def test_no_window_needs_no_calendar(monkeypatch):
+    """Most hosts have none, and a Salt that came over SSH may lack what looks at one."""
+    spec = importlib.util.spec_from_file_location("slmdb_window_alone", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "dateutil", None)
+    assert module.spans([], at("2026-06-07T03:00")) == {"until": None, "next": None}
+    with pytest.raises(CommandExecutionError, match="dateutil is missing in Salt's Python; "):
+        module.spans(["Sun 02:00-04:00"], at("2026-06-07T03:00"))
 
 
 @pytest.mark.parametrize(
