@@ -165,6 +165,10 @@ def _access(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
             f"port {port} is listened on at {', '.join(outside)}, off loopback; "
             "slm_database:allow_remote is false"
         )
+    socket = access.get("socket")
+    if socket and not int(socket["mode"], 8) & 0o001:
+        place, mode = socket["directory"], socket["mode"]
+        yield f"nobody else reaches the socket: {place} has mode {mode}; chmod 2775 {place}"
     yield from (f"configuration: {line}" for line in report.get("configuration") or [])
     yield from (f"access rule: {line}" for line in access["rule_errors"] or [])
     for row in access["matrix"] or []:
@@ -180,6 +184,11 @@ def _unit_warnings(report: dict[str, Any]) -> Iterator[str]:
     if unit.get("state") == "active" and unit["enabled"] not in ("enabled", "enabled-runtime"):
         enabled = unit["enabled"] or "unknown"
         yield f"the unit {unit['name']} does not start at boot: it is {enabled}"
+    for what in unit.get("unlike") or []:
+        end = f"is not as a run would have it; {APPLY} puts it right"
+        yield f"the unit {unit['name']}: {what} {end}"
+    for path in unit.get("drop_ins") or []:
+        yield f"the unit {unit['name']} is changed by {path}; the pillar says nothing of that"
 
 
 def _address_warnings(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
@@ -190,7 +199,8 @@ def _address_warnings(report: dict[str, Any], settings: dict[str, Any]) -> Itera
         # A host may have no IPv6; ::1 only repeats what 127.0.0.1 gives.
         listened |= {"::1"}.intersection(report["access"].get("absent") or ())
     for address in settings["listen_addresses"]:
-        if address not in ("*", "0.0.0.0", "::", "localhost") and address not in listened:
+        whole = "::" if ":" in address else "0.0.0.0"
+        if address not in ("*", "localhost") and not listened & {address, whole}:
             yield f"slm_database:listen_addresses: nothing listens on {address}"
 
 

@@ -477,6 +477,17 @@ def test_an_access_rule_that_the_server_would_refuse(minion):
         path.write_bytes(before)
 
 
+def test_a_socket_that_nobody_else_reaches(minion):
+    """The report itself comes as root, who reaches everything."""
+    directory = Path("/run/postgresql")
+    directory.chmod(0o700)
+    try:
+        assert "/var/run/postgresql has mode 0700; chmod 2775 /var/run" in problems(minion)
+    finally:
+        directory.chmod(0o2775)
+    assert problems(minion) == ""
+
+
 def test_an_access_rule_that_lets_anybody_in(minion):
     path = Path(minion.call("slmdb_instance.facts")["hba_file"])
     before = path.read_bytes()

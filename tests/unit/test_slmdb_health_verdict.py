@@ -129,6 +129,7 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("server.limits.role", 0, "role autobot_slm lets nobody in: CONNECTION LIMIT 0"),
         ("server.limits.database", 0, "database autobot_slm lets nobody in: CONNECTION LIMIT 0"),
         ("access.addresses", ["0.0.0.0", "127.0.0.1", "::1"], "at 0.0.0.0, off loopback"),
+        ("access.socket", {"directory": "/r", "mode": "0700"}, "socket: /r has mode 0700; chmod"),
         ("configuration", ["file, line 2: bad"], "configuration: file, line 2: bad"),
         ("access.rule_errors", ["file, line 3: bad"], "access rule: file, line 3: bad"),
         ("access.matrix", [{**MATRIX, "right": False, "key": "line 1"}], "would be admitted"),
@@ -285,3 +286,13 @@ def test_a_server_that_did_not_answer_is_said_once(judge):
 )
 def test_what_has_a_line_of_its_own_is_no_drift_as_well(judge, what, old):
     assert judge("drift", {what: {"old": old, "new": 1}}) == {"problems": [], "warnings": []}
+
+
+def test_all_addresses_of_a_kind_are_each_of_them(judge):
+    """The server has no other socket then; the other kind is not among them."""
+    wanted = ["0.0.0.0", "127.0.0.1", "::1"]
+    access = {**WELL["access"], "addresses": ["0.0.0.0"]}
+    said = judge("access", access, allow_remote=True, listen_addresses=wanted)
+    assert said["warnings"] == ["slm_database:listen_addresses: nothing listens on ::1"]
+    said = judge("access.addresses", ["::1", "127.0.0.1"], listen_addresses=wanted)
+    assert said["warnings"] == ["slm_database:listen_addresses: nothing listens on 0.0.0.0"]
