@@ -558,8 +558,9 @@ def test_what_somebody_set_that_breaks_a_promise_is_a_problem(minion, name, valu
 
 
 def test_what_somebody_set_beside_the_pillar_is_one_warning(minion):
-    """Not what is as ours, nor what Debian's own file has; values that may be secret are hidden."""
+    """Not what is as ours, what Debian's own file has, or a restore left; secrets are hidden."""
     given = {"statement_timeout": "1min", "port": "5432", "primary_conninfo": "password=canary"}
+    given |= {"restore_command": "left by a restore", "recovery_target_timeline": "current"}
     try:
         for name, value in given.items():
             execute(minion, f"ALTER SYSTEM SET {name} = '{value}'")
