@@ -4,7 +4,6 @@ What of a health report is a problem, and what only deserves a warning. Nothing 
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,7 +43,9 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
     that shape.
     """
     problems = [*_server(report, settings), *_inside(report, settings), *_access(report, settings)]
-    warnings = [*_unit_warnings(report), *_address_warnings(report, settings)]
+    warnings = [*_unit_warnings(report)]
+    for grave, line in _unheard(report, settings):
+        (problems if grave else warnings).append(line)
     warnings += _lost_secrets(report, settings)
     for part in (_secret, _upkeep, _capacity):
         for grave, line in part(report):
@@ -124,16 +125,10 @@ def _is_on(value: str) -> bool:
     return begun or given in ("on", "1")
 
 
-def _loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
 def _access(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     access = report["access"]
-    outside = [one for one in access["addresses"] or [] if not _loopback(one)]
+    loopback = __salt__["slmdb_instance.loopback"]
+    outside = [one for one in access["addresses"] or [] if not loopback(one)]
     if outside and not settings["allow_remote"]:
         port = report["server"]["port"]
         yield (
@@ -157,16 +152,20 @@ def _unit_warnings(report: dict[str, Any]) -> Iterator[str]:
         yield f"the unit {unit['name']} does not start at boot: it is {enabled}"
 
 
-def _address_warnings(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+def _unheard(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Of an address off loopback others depend, unless it only waits for a restart."""
     if report["server"]["pg_isready"]["retcode"] != 0:
         return
     listened = set(report["access"]["addresses"] or ())
     if "127.0.0.1" in listened:
         # A host may have no IPv6; ::1 only repeats what 127.0.0.1 gives.
         listened |= {"::1"}.intersection(report["access"].get("absent") or ())
+    parked = any(row["name"] == "listen_addresses" for row in report["pending"] or [])
+    remote = settings["allow_remote"] and not parked
     for address in settings["listen_addresses"]:
         if address not in ("*", "0.0.0.0", "::", "localhost") and address not in listened:
-            yield f"slm_database:listen_addresses: nothing listens on {address}"
+            grave = remote and not __salt__["slmdb_instance.loopback"](address)
+            yield grave, f"slm_database:listen_addresses: nothing listens on {address}"
 
 
 def _lost_secrets(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:

@@ -69,12 +69,18 @@ HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 400
 DISK = {"path": "/data", "free_bytes": 1}
 
 
-@pytest.fixture(scope="module")
-def judge():
-    path = CHECKOUT / "_modules/slmdb_health_verdict.py"
-    spec = importlib.util.spec_from_file_location("slmdb_health_verdict_under_test", path)
+def _load(name):
+    path = CHECKOUT / "_modules" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_under_test", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def judge():
+    module = _load("slmdb_health_verdict")
+    module.__salt__ = {"slmdb_instance.loopback": _load("slmdb_instance").loopback}
     settings = yaml.safe_load((CHECKOUT / "slm_database/defaults.yaml").read_text())
 
     def judged(path=None, value=None, **changed):
@@ -232,6 +238,19 @@ def test_what_is_no_fault_of_the_host_is_not_even_a_warning(judge, migration):
 def test_listening_off_loopback_is_fine_when_it_is_allowed(judge):
     addresses = ["127.0.0.1", "192.0.2.19", "::1"]
     assert judge("access.addresses", addresses, allow_remote=True)["problems"] == []
+
+
+def test_an_address_that_others_need_and_nothing_listens_on_is_a_problem(judge):
+    """Not while it waits for a restart, and not one of loopback."""
+    told = {"allow_remote": True, "listen_addresses": ["127.0.0.1", "::1", "192.0.2.19"]}
+    line = "slm_database:listen_addresses: nothing listens on 192.0.2.19"
+    assert judge(**told) == {"problems": [line], "warnings": []}
+    row = {"name": "listen_addresses", "old": "a", "new": "b", "since": "c"}
+    said = judge("pending", [row], **told)
+    assert said["problems"] == [] and line in said["warnings"]
+    told["listen_addresses"].append("127.0.0.2")
+    said = judge("access.addresses", ["127.0.0.1", "::1", "192.0.2.19"], **told)
+    assert said["problems"] == [] and len(said["warnings"]) == 1
 
 
 def test_a_new_password_on_a_new_host_does_not_bring_the_backend_s_secrets(judge):
