@@ -21,6 +21,7 @@ BY_MEMORY = (
 UNREAD = ("default", "override")
 MEMORY = "# Made for a memory of {}MB.\n"
 MODE = "0644"
+RECOVERY = ("restore_command", "recovery_target")
 # Of each setting the line that counts.
 LAST_WORDS = """
 SELECT DISTINCT ON (lower(f.name)) lower(f.name) AS name, f.setting AS value,
@@ -505,8 +506,9 @@ def foreign() -> list[dict[str, Any]]:
         if same or row["file"] == paths["conf_file"]:
             continue
         danger = __salt__["slmdb_limits.danger"](name, row["value"])
-        # Debian's own file sets much that is nobody's choice.
-        if ours is not None or danger or row["file"] != paths["config_file"]:
+        # Debian's own file sets much that is nobody's choice, and a restore leaves what it was for.
+        nobodys = row["file"] == paths["config_file"] or name.startswith(RECOVERY)
+        if ours is not None or danger or not nobodys:
             found.append({**row, "ours": ours, "danger": danger})
     return found
 

@@ -219,11 +219,13 @@ def _unit(found: dict[str, Any]) -> dict[str, Any]:
     if not found["systemd"]:
         return {"name": found["unit"], "state": "skipped: no systemd"}
     state = __salt__["slmdb_service.unit_state"]()
+    ours = f"/{found['unit']}.service.d/"
     return {
         "name": found["unit"],
         "state": state.get("ActiveState", "unknown"),
         "enabled": state.get("UnitFileState", ""),
         "is_the_server": bool(found["pid"]) and state.get("MainPID") == found["pid"],
+        "drop_ins": [one for one in state.get("DropInPaths", "").split() if ours in one],
     }
 
 
@@ -236,6 +238,15 @@ def _disk(path: str) -> dict[str, Any] | None:
     size = seen.f_blocks * seen.f_frsize
     free = seen.f_bavail * seen.f_frsize
     return {"path": there, "free_bytes": free, "free_percent": round(100 * free / (size or 1), 1)}
+
+
+def _socket(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Where the server's socket is, and who gets there."""
+    try:
+        mode = os.stat(found["socket_directory"]).st_mode
+    except FileNotFoundError:
+        return None
+    return {"directory": found["socket_directory"], "mode": f"{mode & 0o7777:04o}"}
 
 
 def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str, Any]:
@@ -465,10 +476,13 @@ def _fill(
     if found["systemd"]:
         __context__["slmdb_units"] = parts.get("unit", __salt__["slmdb_service.units"])
     unit = parts.get("unit", _unit, found, default={})
+    if found["exists"]:
+        unit["unlike"] = list(parts.get("unit", __salt__["slmdb_unit.differences"], default={}))
     inside: dict[str, Any] = {}
     answer["tables"]["expected"] = list(settings["health"]["tables"])
     access = answer["access"]
     access["addresses"] = parts.get("access", __salt__["slmdb_instance.listens"])
+    access["socket"] = parts.get("access", _socket, found)
     access["absent"] = parts.get("access", __salt__["slmdb_instance.absent"], default=[])
     # Who hangs is left when half of the time is over; the rest goes to what needs no server.
     first = time.monotonic() + (moment - time.monotonic()) / 2

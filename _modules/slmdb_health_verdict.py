@@ -4,7 +4,6 @@ What of a health report is a problem, and what only deserves a warning. Nothing 
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -50,7 +49,9 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
     that shape.
     """
     problems = [*_server(report, settings), *_inside(report, settings), *_access(report, settings)]
-    warnings = [*_unit_warnings(report), *_address_warnings(report, settings)]
+    warnings = [*_unit_warnings(report)]
+    for grave, line in _unheard(report, settings):
+        (problems if grave else warnings).append(line)
     warnings += _lost_secrets(report, settings)
     for grave, line in _drift(report, settings):
         (problems if grave else warnings).append(line)
@@ -151,22 +152,20 @@ def _is_on(value: str) -> bool:
     return begun or given in ("on", "1")
 
 
-def _loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
 def _access(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     access = report["access"]
-    outside = [one for one in access["addresses"] or [] if not _loopback(one)]
+    loopback = __salt__["slmdb_instance.loopback"]
+    outside = [one for one in access["addresses"] or [] if not loopback(one)]
     if outside and not settings["allow_remote"]:
         port = report["server"]["port"]
         yield (
             f"port {port} is listened on at {', '.join(outside)}, off loopback; "
             "slm_database:allow_remote is false"
         )
+    socket = access.get("socket")
+    if socket and not int(socket["mode"], 8) & 0o001:
+        place, mode = socket["directory"], socket["mode"]
+        yield f"nobody else reaches the socket: {place} has mode {mode}; chmod 2775 {place}"
     yield from (f"configuration: {line}" for line in report.get("configuration") or [])
     yield from (f"access rule: {line}" for line in access["rule_errors"] or [])
     for row in access["matrix"] or []:
@@ -182,18 +181,28 @@ def _unit_warnings(report: dict[str, Any]) -> Iterator[str]:
     if unit.get("state") == "active" and unit["enabled"] not in ("enabled", "enabled-runtime"):
         enabled = unit["enabled"] or "unknown"
         yield f"the unit {unit['name']} does not start at boot: it is {enabled}"
+    for what in unit.get("unlike") or []:
+        end = f"is not as a run would have it; {APPLY} puts it right"
+        yield f"the unit {unit['name']}: {what} {end}"
+    for path in unit.get("drop_ins") or []:
+        yield f"the unit {unit['name']} is changed by {path}; the pillar says nothing of that"
 
 
-def _address_warnings(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
+def _unheard(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Of an address off loopback others depend, unless it only waits for a restart."""
     if report["server"]["pg_isready"]["retcode"] != 0:
         return
     listened = set(report["access"]["addresses"] or ())
     if "127.0.0.1" in listened:
         # A host may have no IPv6; ::1 only repeats what 127.0.0.1 gives.
         listened |= {"::1"}.intersection(report["access"].get("absent") or ())
+    parked = any(row["name"] == "listen_addresses" for row in report["pending"] or [])
+    remote = settings["allow_remote"] and not parked
     for address in settings["listen_addresses"]:
-        if address not in ("*", "0.0.0.0", "::", "localhost") and address not in listened:
-            yield f"slm_database:listen_addresses: nothing listens on {address}"
+        whole = "::" if ":" in address else "0.0.0.0"
+        if address not in ("*", "localhost") and not listened & {address, whole}:
+            grave = remote and not __salt__["slmdb_instance.loopback"](address)
+            yield grave, f"slm_database:listen_addresses: nothing listens on {address}"
 
 
 def _lost_secrets(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ The one PostgreSQL instance: where it is, whether it runs, and how it comes to b
 from __future__ import annotations
 
 import glob
+import ipaddress
 import json
 import os
 import re
@@ -24,6 +25,7 @@ MAJORS = ("14", "15", "16", "17", "18")
 UNIT = "autobot-slm-database"
 NAMED = 5  # of what keeps an instance, in one line
 # Any of these is where the application, and the formula's own login, connect.
+EVERYWHERE = {"*", "0.0.0.0", "::"}
 FOR_THE_APPLICATION = {"*", "0.0.0.0", "127.0.0.1", "localhost"}
 CONFIGURATION = "/etc/postgresql"
 DATA = "/var/lib/postgresql"
@@ -422,6 +424,44 @@ def address_problems() -> list[str]:
     if not FOR_THE_APPLICATION.intersection(wanted):
         lines.append(f"{path}: the application connects to 127.0.0.1; add it")
     return lines
+
+
+def loopback(address: str) -> bool:
+    """
+    Tell whether an address to listen on is one that only this host reaches.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.loopback 127.0.0.2
+
+    address
+        An IP address, ``localhost``, or ``*``.
+
+    Returns a boolean. Raises nothing.
+    """
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def needs_network() -> bool:
+    """
+    Tell whether the server can start only when the network has given the host its addresses.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.needs_network
+
+    Returns a boolean: true where ``listen_addresses`` has one that is neither loopback nor stands
+    for all. Raises ``CommandExecutionError`` if the settings cannot be used.
+    """
+    wanted = __salt__["slmdb_pillar.get"]("listen_addresses")
+    return any(address not in EVERYWHERE and not loopback(address) for address in wanted)
 
 
 def absent() -> list[str]:

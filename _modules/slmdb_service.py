@@ -15,7 +15,7 @@ from salt.loader.dunder import __opts__
 __virtualname__ = "slmdb_service"
 
 PATIENCE = 60
-STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "MainPID")
+STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "DropInPaths", "MainPID")
 BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
 OUTSIDE = "running outside our unit"
 PARKED = "which waits for a window or an approval"
@@ -96,9 +96,9 @@ def unit_state() -> dict:
 
         salt-call slmdb_service.unit_state
 
-    Returns ``ActiveState``, ``UnitFileState``, ``NeedDaemonReload`` as text and ``MainPID`` as a
-    number; an empty dictionary without systemd. Raises ``CommandExecutionError`` if systemd
-    cannot be asked.
+    Returns ``ActiveState``, ``UnitFileState``, ``NeedDaemonReload``, ``DropInPaths`` as text and
+    ``MainPID`` as a number; an empty dictionary without systemd. Raises ``CommandExecutionError``
+    if systemd cannot be asked.
     """
     found = __salt__["slmdb_instance.facts"]()
     if not found["systemd"]:

@@ -22,7 +22,7 @@ TEXT = """\
 Description=PostgreSQL of the AutoBot SLM (instance {version}/{name})
 Documentation=man:postgres(1)
 After=network.target
-Before=postgresql.service autobot-slm-backend.service
+{online}Before=postgresql.service autobot-slm-backend.service
 PartOf=postgresql.service
 ReloadPropagatedFrom=postgresql.service
 RequiresMountsFor={config_directory} {data_directory}
@@ -46,6 +46,8 @@ SyslogIdentifier={unit}
 [Install]
 WantedBy=multi-user.target postgresql.service
 """
+# From the same documentation: an address that the host does not have yet cannot be bound.
+ONLINE = "After=network-online.target\nWants=network-online.target\n"
 
 
 def __virtual__() -> str:
@@ -62,8 +64,9 @@ def _paths(found: dict) -> dict[str, str]:
 
 def _text(found: dict) -> bytes:
     backend = __salt__["slmdb_pillar.get"]("backend", "unit")
-    text = TEXT.format(**found).replace("autobot-slm-backend.service", f"{backend}.service")
-    return text.encode()
+    online = ONLINE if __salt__["slmdb_instance.needs_network"]() else ""
+    text = TEXT.format(**found, online=online)
+    return text.replace("autobot-slm-backend.service", f"{backend}.service").encode()
 
 
 def _start_conf(path: str) -> str | None:

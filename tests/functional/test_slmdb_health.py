@@ -477,6 +477,17 @@ def test_an_access_rule_that_the_server_would_refuse(minion):
         path.write_bytes(before)
 
 
+def test_a_socket_that_nobody_else_reaches(minion):
+    """The report itself comes as root, who reaches everything."""
+    directory = Path("/run/postgresql")
+    directory.chmod(0o700)
+    try:
+        assert "/var/run/postgresql has mode 0700; chmod 2775 /var/run" in problems(minion)
+    finally:
+        directory.chmod(0o2775)
+    assert problems(minion) == ""
+
+
 def test_an_access_rule_that_lets_anybody_in(minion):
     path = Path(minion.call("slmdb_instance.facts")["hba_file"])
     before = path.read_bytes()
@@ -547,8 +558,9 @@ def test_what_somebody_set_that_breaks_a_promise_is_a_problem(minion, name, valu
 
 
 def test_what_somebody_set_beside_the_pillar_is_one_warning(minion):
-    """Not what is as ours, nor what Debian's own file has; values that may be secret are hidden."""
+    """Not what is as ours, what Debian's own file has, or a restore left; secrets are hidden."""
     given = {"statement_timeout": "1min", "port": "5432", "primary_conninfo": "password=canary"}
+    given |= {"restore_command": "left by a restore", "recovery_target_timeline": "current"}
     try:
         for name, value in given.items():
             execute(minion, f"ALTER SYSTEM SET {name} = '{value}'")

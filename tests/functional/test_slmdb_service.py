@@ -82,6 +82,7 @@ echo "$*" >>{0}/asked
 [ -e {0}/slow ] && exec sleep 60
 [ -e {0}/failing ] && {{ echo "Failed to connect to bus" >&2; exit 1; }}
 printf 'ActiveState=active\\nUnitFileState=enabled\\nMainPID=%s\\n' "$(cat {0}/pid)"
+cat {0}/drop-ins 2>/dev/null
 printf '\\nLoadState=loaded\\n'
 """
 
@@ -179,3 +180,31 @@ def test_each_thread_has_a_connection_of_its_own(server):
     while server.call("slmdb_server.query", left, [pids])[0]["n"]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_unit_that_somebody_changed_is_in_the_report(server, systemd):
+    """As our file, by a file beside it, or by Debian's unit that is not kept off any more."""
+    server.call("slmdb_unit.apply")
+    unit = Path("/etc/systemd/system/autobot-slm-database.service")
+    mask = unit.with_name("postgresql@15-main.service")
+
+    def said():
+        lines = server.call("slmdb_health.report", 15)["warnings"]
+        return [line for line in lines if "unit" in line]
+
+    assert said() == []
+    good = unit.read_bytes()
+    unit.write_bytes(good.replace(b"Restart=on-failure", b"Restart=no"))
+    mask.unlink()
+    others = "/run/systemd/system/service.d/10-all.conf"
+    ours = f"{unit}.d/override.conf"
+    (systemd / "drop-ins").write_text(f"DropInPaths={others} {ours}\n")
+    end = "is not as a run would have it; state.apply slm_database puts it right"
+    assert said() == [
+        f"the unit autobot-slm-database: {unit} {end}",
+        f"the unit autobot-slm-database: {mask.name} {end}",
+        f"the unit autobot-slm-database is changed by {ours}; the pillar says nothing of that",
+    ]
+    server.call("slmdb_unit.apply")
+    (systemd / "drop-ins").unlink()
+    assert said() == []

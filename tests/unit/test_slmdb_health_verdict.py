@@ -72,12 +72,18 @@ OTHER_FILE["wanted"] = {**OTHER_FILE["wanted"], "mode": "0600"}
 DISK = {"path": "/data", "free_bytes": 1}
 
 
-@pytest.fixture(scope="module")
-def judge():
-    path = CHECKOUT / "_modules/slmdb_health_verdict.py"
-    spec = importlib.util.spec_from_file_location("slmdb_health_verdict_under_test", path)
+def _load(name):
+    path = CHECKOUT / "_modules" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_under_test", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def judge():
+    module = _load("slmdb_health_verdict")
+    module.__salt__ = {"slmdb_instance.loopback": _load("slmdb_instance").loopback}
     settings = yaml.safe_load((CHECKOUT / "slm_database/defaults.yaml").read_text())
 
     def judged(path=None, value=None, **changed):
@@ -129,6 +135,7 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("server.limits.role", 0, "role autobot_slm lets nobody in: CONNECTION LIMIT 0"),
         ("server.limits.database", 0, "database autobot_slm lets nobody in: CONNECTION LIMIT 0"),
         ("access.addresses", ["0.0.0.0", "127.0.0.1", "::1"], "at 0.0.0.0, off loopback"),
+        ("access.socket", {"directory": "/r", "mode": "0700"}, "socket: /r has mode 0700; chmod"),
         ("configuration", ["file, line 2: bad"], "configuration: file, line 2: bad"),
         ("access.rule_errors", ["file, line 3: bad"], "access rule: file, line 3: bad"),
         ("access.matrix", [{**MATRIX, "right": False, "key": "line 1"}], "would be admitted"),
@@ -259,6 +266,19 @@ def test_listening_off_loopback_is_fine_when_it_is_allowed(judge):
     assert judge("access.addresses", addresses, allow_remote=True)["problems"] == []
 
 
+def test_an_address_that_others_need_and_nothing_listens_on_is_a_problem(judge):
+    """Not while it waits for a restart, and not one of loopback."""
+    told = {"allow_remote": True, "listen_addresses": ["127.0.0.1", "::1", "192.0.2.19"]}
+    line = "slm_database:listen_addresses: nothing listens on 192.0.2.19"
+    assert judge(**told) == {"problems": [line], "warnings": []}
+    row = {"name": "listen_addresses", "old": "a", "new": "b", "since": "c"}
+    said = judge("pending", [row], **told)
+    assert said["problems"] == [] and line in said["warnings"]
+    told["listen_addresses"].append("127.0.0.2")
+    said = judge("access.addresses", ["127.0.0.1", "::1", "192.0.2.19"], **told)
+    assert said["problems"] == [] and len(said["warnings"]) == 1
+
+
 def test_a_new_password_on_a_new_host_does_not_bring_the_backend_s_secrets(judge):
     """Said only where pillar allows a new password, and only while they are missing."""
     secret = {**yaml.safe_load((CHECKOUT / "slm_database/defaults.yaml").read_text())["secret"]}
@@ -285,3 +305,13 @@ def test_a_server_that_did_not_answer_is_said_once(judge):
 )
 def test_what_has_a_line_of_its_own_is_no_drift_as_well(judge, what, old):
     assert judge("drift", {what: {"old": old, "new": 1}}) == {"problems": [], "warnings": []}
+
+
+def test_all_addresses_of_a_kind_are_each_of_them(judge):
+    """The server has no other socket then; the other kind is not among them."""
+    wanted = ["0.0.0.0", "127.0.0.1", "::1"]
+    access = {**WELL["access"], "addresses": ["0.0.0.0"]}
+    said = judge("access", access, allow_remote=True, listen_addresses=wanted)
+    assert said["warnings"] == ["slm_database:listen_addresses: nothing listens on ::1"]
+    said = judge("access.addresses", ["::1", "127.0.0.1"], listen_addresses=wanted)
+    assert said["warnings"] == ["slm_database:listen_addresses: nothing listens on 0.0.0.0"]
