@@ -80,6 +80,31 @@ def there(row: dict[str, Any]) -> bool:
         return False
 
 
+def orphan() -> str | None:
+    """
+    Say that a repository of this host holds the backups of an instance that is not here.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_backup_presence.orphan
+
+    An empty instance in its place would be taken for it by the application. Returns one line with
+    what to do; ``None`` if there is no such repository, or backups are off. Raises nothing.
+    """
+    if not __salt__["slmdb_pillar.get"]("backup", "enabled"):
+        return None
+    for row in __salt__["slmdb_backup_repository.described"]():
+        if row["local"] and there(row):
+            return (
+                f"{_key(row)}: {row['path']} holds the backups of an instance that is not here; "
+                "bring it back (a mount may be missing; docs/backup.md), or, for an empty one, "
+                "move that repository away"
+            )
+    return None
+
+
 def refuse_hanging(number: int | None = None) -> None:
     """
     Refuse a repository of this host whose mount does not answer: whoever touches it waits for ever.

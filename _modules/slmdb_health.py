@@ -369,6 +369,7 @@ def _server(found: dict[str, Any], answer: dict[str, Any], unit: dict, row: dict
     return {
         "instance": f"{found['version']}/{found['name']}",
         "exists": found["exists"],
+        "trouble": None,
         "running": found["running"],
         "port": found["port"],
         "pg_isready": answer,
@@ -508,6 +509,9 @@ def _fill(
             "migration", __salt__["slmdb_migration.revision"], left, default={}
         )
     answer["server"] = _server(found, isready, unit, row)
+    if not row:
+        trouble = parts.get("instance", __salt__["slmdb_instance.trouble"])
+        answer["server"]["trouble"] = trouble
     answer["capacity"] = _capacity(found, row, inside)
     backup = __salt__["slmdb_backup_health.facts"]
     answer["backup"] = parts.get("backup", backup, row.get("archiver"), default={})

@@ -67,8 +67,12 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
 def _server(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     server = report["server"]
     unit, ready = server["unit"], server["pg_isready"]
+    trouble = server.get("trouble")
+    if trouble:
+        yield trouble
     if not server["exists"]:
-        yield f"instance {server['instance']} does not exist; {APPLY} makes it"
+        if not trouble:
+            yield f"instance {server['instance']} does not exist; {APPLY} makes it"
         return
     if ready["retcode"] != 0:
         yield f"the server does not accept connections: {ready['line'] or 'no answer'}"

@@ -498,17 +498,34 @@ def _binds(family: int, place: tuple) -> bool:
     return True
 
 
-def _unusable(found: dict[str, Any]) -> str | None:
-    """Why no instance may be made here, if it may not."""
+def trouble() -> str | None:
+    """
+    Say why the instance is not what a run could use, and none may be made in its place.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_instance.trouble
+
+    Returns one line with what to do; ``None`` if it is there, or a run makes it. Raises
+    ``CommandExecutionError`` as ``facts`` does.
+    """
+    found = facts()
     data = found["data_directory"]
     if found["exists"]:
         if os.path.isfile(os.path.join(data, "PG_VERSION")):
             return None
         kept = aside()
-        back = f"mv {kept} {data}" if kept else "bring the data back"
+        if kept:
+            back = f"mv {kept} {data}"
+        elif __salt__["slmdb_pillar.recorded"]() or __salt__["slmdb_backup_presence.orphan"]():
+            back = "mount it if a mount is missing, or bring the data back (docs/backup.md)"
+        else:
+            back = f"bring the data back, or pg_dropcluster {found['version']} {NAME}"
         return (
             f"instance {found['version']}/{NAME}: {found['config_directory']} exists but {data} "
-            f"holds no data; {back}, or pg_dropcluster {found['version']} {NAME}"
+            f"holds no data; {back}"
         )
     if os.path.isdir(data) and os.listdir(data):
         return (
@@ -516,7 +533,7 @@ def _unusable(found: dict[str, Any]) -> str | None:
             f"{found['config_directory']} is missing; bring the configuration "
             "back, or move the data away"
         )
-    return None
+    return __salt__["slmdb_backup_presence.orphan"]()
 
 
 def aside() -> str | None:
@@ -551,10 +568,9 @@ def differences() -> dict:
     ``CommandExecutionError`` if data without configuration, or the reverse, is in the way, or the
     host does not have the wanted locale.
     """
-    found = facts()
-    trouble = _unusable(found)
-    if trouble:
-        raise CommandExecutionError(trouble)
+    found, why_not = facts(), trouble()
+    if why_not:
+        raise CommandExecutionError(why_not)
     if found["exists"]:
         return {}
     get = __salt__["slmdb_pillar.get"]

@@ -31,10 +31,11 @@ TIMEOUT = 10
 # What a refusal names in all the languages that the server speaks, and no other failure does;
 # what asks for a password is libpq's and English.
 _KEPT_OUT = re.compile(r"pg_hba\.conf|password|(?<![\w./])postgres(?![\w./])")
-# What is set for the sessions of others must not end ours, least of all the one that corrects it.
+# What is set for the sessions of others must not end ours, least of all the one that corrects it;
+# but nobody waits for ever behind somebody's lock.
 _UNHURRIED = {
     "statement_timeout": "0",
-    "lock_timeout": "0",
+    "lock_timeout": f"{TIMEOUT}s",
     "idle_session_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "default_transaction_read_only": "off",
@@ -61,6 +62,8 @@ def _driver() -> Any:
 def _line(err: Exception) -> str:
     """The server's own words, without the statement that str() of the error would quote."""
     primary = getattr(getattr(err, "diag", None), "message_primary", None)
+    if primary and getattr(err, "pgcode", None) == "55P03":
+        return f"{primary}: somebody has it locked; slmdb.health shows the oldest transaction"
     if primary:
         return primary
     if isinstance(err, _driver().OperationalError) and not getattr(err, "pgcode", None):
@@ -103,6 +106,12 @@ def _as_server_user() -> Iterator[None]:
             turn.release()
 
 
+def _as_asked() -> None:
+    """libpq obeys the environment in all that it is not told, up to another server's address."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
+
+
 def connect(database: str = USER, **overrides: Any) -> Any:
     """
     Open a connection of one's own to the instance as the superuser.
@@ -123,6 +132,7 @@ def connect(database: str = USER, **overrides: Any) -> Any:
     server does not answer or refuses.
     """
     driver = _driver()
+    _as_asked()
     found = __salt__["slmdb_instance.facts"]()
     ours = overrides.get("user", USER) == USER
     parameters = {

@@ -330,3 +330,27 @@ def test_a_repository_whose_mount_hangs_holds_nobody_up(backed_up):
         assert backed_up.call("slmdb_server.available") is True
     print(f"it took {time.monotonic() - begun:.0f} s")
     assert backed_up.call("slmdb_backup.verify")["right"] is True
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("lost", ["data", "configuration", "both"])
+def test_a_lost_instance_is_not_answered_with_an_empty_one(host, lost):
+    """A mount may be missing: the application would take the new one for its own."""
+    host.call("slmdb_server.forget")
+    host.call("slmdb_service.stop")
+    data, configuration = Path("/var/lib/postgresql/15"), Path("/etc/postgresql/15")
+    for what, path in (("configuration", configuration), ("data", data)):
+        if lost in (what, "both"):
+            shutil.rmtree(path)
+            path.mkdir(mode=0o755)
+    words = {
+        "data": "holds no data; mount it if a mount is missing, or bring the data back",
+        "configuration": f"holds data but {configuration}/main is missing",
+        "both": f"{REPOSITORY} holds the backups of an instance that is not here; bring it back",
+    }
+    result = host.state("slmdb_instance.present")
+    assert result.result is False and words[lost] in result.comment
+    assert "pg_dropcluster" not in result.comment
+    (line,) = [line for line in host.call("slmdb.health")["problems"] if words[lost] in line]
+    assert line in result.comment
+    assert not list(configuration.glob("main/*.conf")) or lost == "data"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from salt.exceptions import CommandExecutionError
 
 SECRET = Path("/etc/autobot/slm-secrets.env")
 KEYS = {
@@ -114,6 +115,40 @@ def test_an_applied_host_is_healthy(minion):
     assert answer["capacity"]["database_bytes"] > 1_000_000
     assert answer["capacity"]["disk"]["data"]["free_bytes"] > 0
     assert answer["capacity"]["transaction_id_age"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PGHOSTADDR", "127.0.0.2"),
+        ("PGSERVICE", "nowhere"),
+        ("PGTARGETSESSIONATTRS", "standby"),
+        ("PGREQUIREAUTH", "none"),
+        ("PGOPTIONS", "-c search_path=nowhere"),
+    ],
+)
+def test_the_environment_leads_nowhere_else(minion, monkeypatch, name, value):
+    """What libpq obeys in a caller's environment is for that caller's own psql."""
+    monkeypatch.setenv(name, value)
+    minion.call("slmdb_server.forget")
+    answer = ask(minion)
+    assert answer["problems"] == []
+    assert all(row["right"] for row in answer["access"]["matrix"])
+    assert minion.call("slmdb_access.differences") == {}
+    assert minion.call("slmdb_secret.differences") == {}
+
+
+@pytest.mark.once
+def test_nobody_waits_for_ever_behind_a_lock(minion):
+    """A report that is asked for again and again would take connection after connection."""
+    execute(minion, "CREATE TABLE public.kept (a int)", database="autobot_slm")
+    words = "lock timeout: somebody has it locked"
+    with locked(minion, "public.kept", "autobot_slm"):
+        with pytest.raises(CommandExecutionError, match=words):
+            minion.call("slmdb_server.query", "SELECT FROM public.kept", database="autobot_slm")
+        with pytest.raises(CommandExecutionError, match=words):
+            minion.call("slmdb.schema")
+    execute(minion, "DROP TABLE public.kept", database="autobot_slm")
 
 
 def test_a_backend_that_is_not_deployed_is_no_problem(minion):
