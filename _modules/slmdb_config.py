@@ -5,6 +5,7 @@ The server's configuration: one file in ``conf.d``, which the server itself judg
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -270,7 +271,9 @@ def culprit(words: str) -> str | None:
         What the server said when it did not start.
     """
     quoted, named = re.findall(r'"([^"]+)"', words), re.findall(r"[a-z_]+(?:\.[a-z_]+)?", words)
-    for row in foreign():
+    # A value that cannot be is refused wherever it stands, also where a later line overrides it.
+    lines = [row for row in _written() if row["name"] in quoted and row["value"] in quoted]
+    for row in [*lines, *foreign()]:
         if row["name"] in named or any(word in row["value"] for word in quoted):
             return f"{row['file']}, line {row['line']}"
     return None
@@ -515,10 +518,13 @@ def foreign() -> list[dict[str, Any]]:
 
 def _last_words() -> list[dict[str, Any]]:
     """LAST_WORDS without a server."""
-    found: dict[str, dict[str, Any]] = {}
+    found = {row["name"]: row for row in _written()}
+    return [{**found[name], "vartype": None, "unit": None, "read": True} for name in sorted(found)]
+
+
+def _written() -> Iterator[dict[str, Any]]:
+    """Every line of the configuration that sets something, in the order that the server reads."""
     for path in __salt__["slmdb_config_file.paths"]():
         text = (__salt__["slmdb_file.read"](path) or b"").decode(errors="replace")
         for number, name, value in __salt__["slmdb_conf.lines"](text):
-            place = {"name": name, "value": value, "file": path, "line": number}
-            found[name] = {**place, "vartype": None, "unit": None, "read": True}
-    return [found[name] for name in sorted(found)]
+            yield {"name": name, "value": value, "file": path, "line": number}

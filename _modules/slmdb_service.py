@@ -44,11 +44,18 @@ def _why(answer: dict) -> str:
         __salt__["cmd.run_all"](["journalctl", "--sync"], python_shell=False, ignore_retcode=True)
         text = __salt__["cmd.run_all"](journal, python_shell=False)["stdout"] or text
     lines = text.strip().splitlines() or ["no output"]
-    for line in reversed(lines):
+    for number, line in reversed(list(enumerate(lines))):
         for word in ("FATAL:", "PANIC:", "ERROR:"):
             if word in line:
-                return line.partition(word)[2].strip()
+                said = line.partition(word)[2].strip()
+                # Which errors a file contains is said before.
+                before = lines[max(number - 5, 0) : number] if "contains errors" in said else []
+                return "; ".join([*(_logged(one) for one in before if "LOG:" in one), said])
     return lines[-1]
+
+
+def _logged(line: str) -> str:
+    return line.partition("LOG:")[2].strip()
 
 
 def _act(verb: str) -> None:

@@ -366,6 +366,28 @@ def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
     assert settled.state("slmdb_service.running").result is True
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("shared_buffers = 12ZB", 'invalid value for parameter "shared_buffers": "12ZB"'),
+        ("shared_buffers = ", "invalid line"),
+        ("nosuch = 1", 'unrecognized configuration parameter "nosuch"'),
+    ],
+)
+def test_what_a_hand_in_the_main_file_keeps_from_starting_is_named(settled, line, words):
+    """What is wrong, and in which line: not only that the file contains errors."""
+    settled.call("slmdb_service.stop")
+    main = CONF.parents[1] / "postgresql.conf"
+    before = main.read_text()
+    main.write_text(f"{before}{line}\n")
+    number = len(before.splitlines()) + 1
+    failed = settled.state("slmdb_service.running")
+    assert failed.result is False and words in failed.comment
+    assert f"{main.name}, line {number}" in failed.comment or f"line {number} in" in failed.comment
+    main.write_text(before)
+    assert settled.state("slmdb_service.running").result is True
+
+
 def test_a_mistake_of_somebody_else_is_named_with_its_file_and_line(settled):
     """Before ours is written beside it, which would not be loaded either."""
     CONF.with_name("90-by-hand.conf").write_text("# by hand\nnosuch = 1\n")
