@@ -330,6 +330,14 @@ def missing_tables(tables: list[str], database: str) -> list[str]:
     return [row["name"] for row in _tables(tables, database) if row["owner"] is None]
 
 
+def _beside(settings: dict[str, Any]) -> list[str]:
+    last = __salt__["slmdb_pillar.recorded"]() or {}
+    names = ("role", "database")
+    if all(last.get(what, settings[what]) == settings[what] for what in names):
+        return []
+    return __salt__["slmdb_secret_adoption.beside"]()
+
+
 def _overrides(row: dict[str, Any]) -> list[dict[str, str]]:
     """What ALTER ROLE and ALTER DATABASE set for the application, each with what undoes it."""
     found = []
@@ -495,8 +503,7 @@ def _fill(
             for what in ("missing", "forbidden"):
                 answer["tables"][what] = inside.get(what)
         if row:
-            beside = __salt__["slmdb_secret_adoption.beside"]
-            answer["problems"] += parts.get("adoption", beside, default=[])
+            answer["problems"] += parts.get("adoption", _beside, settings, default=[])
             _fill_from_server(answer, parts)
         elif found["exists"] and not found["running"]:
             answer["foreign"] = parts.get("foreign", _foreign, default=[])
