@@ -55,3 +55,53 @@ def test_a_host_without_what_is_asked_for_is_one_line(shared_server, function, a
     with pytest.raises(CommandExecutionError) as refused:
         shared_server.call(function, *arguments)
     assert "\n" not in str(refused.value.strerror)
+
+
+STATES = {
+    "slmdb_role.present": [
+        ({"roles": ["reader"]}, "roles: a list is given; allowed: a mapping from names"),
+        ({"roles": {"pg_x": {}}}, 'roles:pg_x: "pg_x" is not a role name'),
+        ({"roles": {"r": {"superuser": True}}}, "roles:r:superuser: there is no such key"),
+        ({"roles": {"r": {"member_of": "a"}}}, "roles:r:member_of: text that is not shown here"),
+        ({"roles": {"r": {"connection_limit": "x"}}}, "roles:r:connection_limit: "),
+        ({"roles": {"r": {"password": "canary"}}}, "roles:r:password: no password is taken"),
+        ({"roles": {"r": {"member_of": ["gone"]}}}, "roles:r:member_of:0: the server has no role"),
+    ],
+    "slmdb_database.present": [
+        ({"databases": {"template1": {}}}, 'databases:template1: "template1" is not a database'),
+        ({"databases": {"d": {"extensions": "x"}}}, "databases:d:extensions: text that is not"),
+        ({"databases": {"d": {"extensions": ["x"]}}}, "databases:d:extensions:0: the server has"),
+    ],
+    "slmdb_secret.present": [
+        ({"url_keys": "URL"}, "url_keys: text that is not shown here is given; allowed: a list"),
+        ({"file": "etc/x"}, 'file: "etc/x" is not an absolute path'),
+        ({"mode": 416}, "mode: 416 is not a mode"),
+        ({"length": "x"}, 'length: "x" is not in range'),
+        ({"fil": "/x"}, "fil: there is no such key; did you mean file?"),
+    ],
+    "slmdb_repository.present": [
+        ({"repository": "PGDG"}, 'repository: "PGDG" is not one of the choices'),
+        ({"fingerprint": 5}, "fingerprint: 5 is not the full fingerprint of a key"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "given", "words"),
+    [(state, given, words) for state, cases in STATES.items() for given, words in cases],
+)
+def test_a_state_of_another_formula_is_checked_as_pillar_is(shared_server, state, given, words):
+    """Its own words go through the same table, with test=True and in earnest."""
+    for test in (True, False):
+        result = shared_server.state(state, test=test, **given)
+        assert result.result is False
+        assert result.comment.startswith(f"{state}:{words}") and "canary" not in result.comment
+
+
+def test_what_a_state_leaves_out_is_as_the_settings_say(shared_server):
+    """A database needs no more than its name."""
+    told = {"databases": {"brief": None}, "roles": {"autobot_slm": {"login": True}}}
+    for noun in ("role", "database"):
+        arguments = {f"{noun}s": told[f"{noun}s"]}
+        assert shared_server.state(f"slmdb_{noun}.present", **arguments).result is True
+    assert shared_server.call("slmdb_database.read", ["brief"])["brief"]["owner"] == "autobot_slm"
