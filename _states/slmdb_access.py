@@ -4,6 +4,8 @@ Who may log in: the rules are in place, and seen to work.
 
 from __future__ import annotations
 
+from typing import Any
+
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb_access"
@@ -52,3 +54,17 @@ def verified(name: str) -> dict:
     if wrong:
         return {**result, "result": False, "comment": "\n".join(wrong)}
     return result
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_access", sfun, name, told)

@@ -4,6 +4,8 @@ The instance exists.
 
 from __future__ import annotations
 
+from typing import Any
+
 from salt.exceptions import CommandExecutionError
 
 __virtualname__ = "slmdb_instance"
@@ -49,3 +51,17 @@ def absent(name: str) -> dict:
     if answer["result"] and not answer["changes"]:
         answer["comment"] = __salt__["slmdb_instance.why_kept"]() or answer["comment"]
     return answer
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_instance", sfun, name, told)

@@ -4,6 +4,8 @@ The pillar, checked as a whole before any of it is used.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_pillar"
 
 
@@ -31,3 +33,17 @@ def valid(name: str, defaults: str = "", distributions: str = "") -> dict:
     mistakes = __salt__["slmdb_pillar.problems"]()
     comment = "\n".join(mistakes) or "The pillar is valid."
     return {"name": name, "changes": {}, "result": not mistakes, "comment": comment}
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_pillar", sfun, name, told)

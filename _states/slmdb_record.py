@@ -4,6 +4,8 @@ The settings of this run are recorded for later reports.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_record"
 
 
@@ -43,3 +45,17 @@ def kept(name: str) -> dict:
     lines = __salt__["slmdb_record.kept"]()
     comment = "\n".join(lines) or "Nothing of the formula is left."
     return {"name": name, "changes": {}, "result": True, "comment": comment}
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_record", sfun, name, told)

@@ -82,3 +82,17 @@ def absent(name: str) -> dict:
     if kept:
         return {"name": name, "result": True, "comment": kept, "changes": {}}
     return __states__["slmdb.converge"](name, "slmdb_secret_removal")
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_secret", sfun, name, told)

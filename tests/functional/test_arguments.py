@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
@@ -105,3 +108,35 @@ def test_what_a_state_leaves_out_is_as_the_settings_say(shared_server):
         arguments = {f"{noun}s": told[f"{noun}s"]}
         assert shared_server.state(f"slmdb_{noun}.present", **arguments).result is True
     assert shared_server.call("slmdb_database.read", ["brief"])["brief"]["owner"] == "autobot_slm"
+
+
+@pytest.fixture(scope="module")
+def another(shared_server, minions, tmp_path_factory):
+    """Apply an SLS of another formula in which our states listen to, or watch, a change."""
+    directory = tmp_path_factory.mktemp("roots")
+    roots = {"base": [str(Path(__file__).resolve().parents[2]), str(directory)]}
+
+    def apply(how: str, **keywords) -> dict:
+        what = [{how: [{"test": "A change"}]}]
+        states = {
+            "A change": {"test.succeed_with_changes": []},
+            "A role": {"slmdb_role.present": [*what, {"roles": {"listening": None}}]},
+            "A secret": {"slmdb_secret.applicable": what},
+            "The server": {"slmdb_service.running": what},
+        }
+        (directory / "another.sls").write_text(json.dumps(states))
+        run = minions(None, file_roots=roots).call("state.apply", "another", **keywords)
+        return {one["__id__"]: one for one in run.raw.values()}
+
+    return apply
+
+
+@pytest.mark.parametrize("how", ["watch", "listen"])
+def test_our_states_watch_and_listen(another, how):
+    """What changed elsewhere has them applied once more, and the server read its files again."""
+    for test in (True, False):
+        states = another(how, test=test)
+        assert [one["comment"] for one in states.values() if one["result"] is False] == []
+        server = states["listener_The server" if how == "listen" else "The server"]
+        assert list(server["changes"]) == ["configuration"]
+        assert server["result"] is (None if test else True)
