@@ -91,7 +91,10 @@ def _file_differences(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
             old, new = _rules(_present(path)), _rules(text)
             gone = [line for line in old if line not in new]
             come = [line for line in new if line not in old]
-            file[path] = {"old": gone, "new": come or "in another order"}
+            if gone or come:
+                file[path] = {"old": gone, "new": come}
+            elif sorted(old) == sorted(new) and old != new:
+                file[path]["new"] = "in another order"
         changes.update(file)
     return changes
 
@@ -495,10 +498,12 @@ def _attempt(**overrides: Any) -> str | None:
 def _as(account: pwd.struct_passwd, login: dict[str, Any]) -> str | None:
     """Attempt a login in a child process that is another user, as peer looks at the process."""
     reader, writer = os.pipe()
+    found = _facts()
     child = os.fork()
     if child == 0:
         words = "the login could not be tried"
         try:
+            __context__["slmdb_facts"] = found  # what only root sees
             os.setgroups([])
             os.setgid(account.pw_gid)
             os.setuid(account.pw_uid)

@@ -62,12 +62,27 @@ def wanted() -> dict[str, dict[str, Any]]:
     ``slmdb_pillar.get`` does.
     """
     get = __salt__["slmdb_pillar.get"]
+    ours = {get("database"): {"extensions": list(get("extensions"))}}
+    return _complete({**ours, **get("databases")})
+
+
+def _complete(databases: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is not said of a database is as the application's."""
+    get = __salt__["slmdb_pillar.get"]
     base = {"encoding": get("encoding"), "locale": get("locale"), "owner": get("role")}
-    databases = {get("database"): {**base, "extensions": list(get("extensions"))}}
-    for name, options in get("databases").items():
-        given = {key: value for key, value in (options or {}).items() if value is not None}
-        databases[name] = {**base, "extensions": [], **given}
-    return databases
+    found = {}
+    for name, told in databases.items():
+        given = {key: value for key, value in (told or {}).items() if value is not None}
+        found[name] = {**base, "extensions": [], **given}
+    return found
+
+
+def _told(databases: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The settings' databases, or those of a state's own words, by the same rules."""
+    if databases is None:
+        return wanted()
+    __salt__["slmdb_schema.refuse"]("slmdb_database", databases=databases)
+    return _complete(databases)
 
 
 def read(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -110,7 +125,7 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
     is what is inside of one that lets nobody in. Raises ``CommandExecutionError`` if the server
     does not answer or would refuse, with the key that asks for it.
     """
-    given, databases = databases, wanted() if databases is None else databases
+    of_settings, databases = databases is None, _told(databases)
     present = read(list(databases))
     ours = __salt__["slmdb_pillar.get"]("database")
     changes: dict = {}
@@ -125,7 +140,7 @@ def differences(databases: dict[str, dict[str, Any]] | None = None) -> dict:
         changes.update({f"{label}: {what}": change for what, change in found.items()})
         if name != ours:  # hundreds of databases would take all the connections that there are
             __salt__["slmdb_server.forget"](name)
-    mistakes = _mistakes(databases, given is None, changes) if changes else []
+    mistakes = _mistakes(databases, of_settings, changes) if changes else []
     if mistakes:
         raise CommandExecutionError("\n".join(mistakes))
     return changes
@@ -155,7 +170,7 @@ def _mistakes(databases: dict[str, dict[str, Any]], ours: bool, changes: dict) -
 def _path(name: str, key: str, ours: bool) -> str:
     """Where a database of the settings, or of a state's own words, has something from."""
     if not ours:
-        return f"databases:{name}:{key}"
+        return f"slmdb_database.present:databases:{name}:{key}"
     own = __salt__["slmdb_pillar.get"]("databases").get(name) or {}
     return f"slm_database:databases:{name}:{key}" if key in own else f"slm_database:{key}"
 
@@ -286,7 +301,7 @@ def apply(databases: dict[str, dict[str, Any]] | None = None) -> None:
 
     Returns nothing. Raises ``CommandExecutionError`` with the server's words.
     """
-    databases = wanted() if databases is None else databases
+    databases = _told(databases)
     present = read(list(databases))
     for name, options in databases.items():
         if name not in present:

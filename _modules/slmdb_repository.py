@@ -33,6 +33,8 @@ def __virtual__() -> str:
 
 def _wanted(given: dict[str, Any]) -> dict[str, Any]:
     """What the settings say, with the caller's arguments over it."""
+    if given:
+        __salt__["slmdb_schema.refuse"]("slmdb_repository", **given)
     get = __salt__["slmdb_pillar.get"]
     wanted = {"repository": get("repository"), **get("pgdg")}
     wanted.update({key: value for key, value in given.items() if value is not None})

@@ -131,6 +131,14 @@ def _unlike(options: dict[str, Any], found: dict[str, Any] | None) -> dict[str, 
     }
 
 
+def _told(roles: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The settings' roles, or those of a state's own words, by the same rules."""
+    if roles is None:
+        return wanted()
+    __salt__["slmdb_schema.refuse"]("slmdb_role", roles=roles)
+    return {name: options or {} for name, options in roles.items()}
+
+
 def differences(roles: dict[str, dict[str, Any]] | None = None) -> dict:
     """
     Compare the roles of the server with the wanted ones.
@@ -148,8 +156,8 @@ def differences(roles: dict[str, dict[str, Any]] | None = None) -> dict:
     ``CommandExecutionError`` if the server does not answer, or has no role that one is to be a
     member of, with the key that says so.
     """
-    path = "slm_database:roles" if roles is None else "roles"
-    roles = wanted() if roles is None else roles
+    path = "slm_database:roles" if roles is None else "slmdb_role.present:roles"
+    roles = _told(roles)
     present = read(list(roles))
     changes: dict = {}
     for name, options in roles.items():
@@ -231,7 +239,7 @@ def apply(roles: dict[str, dict[str, Any]] | None = None) -> None:
     Returns nothing. Raises ``CommandExecutionError`` with the server's words; nothing is changed
     then.
     """
-    roles = wanted() if roles is None else roles
+    roles = _told(roles)
     present = read(list(roles))
     changed = [name for name in roles if _unlike(roles[name], present.get(name))]
     made, taken, given = [], [], []

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from salt.exceptions import SaltInvocationError
 from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_schema"
@@ -36,6 +37,7 @@ HIDDEN_KINDS = {
     "uri",
 }
 HIDDEN_BELOW = {"adopt", "roles", "secret", "settings"}
+OWN_SECRETS = ("secret", "roles")
 SECRET_WORD = re.compile(r"pass(w|phrase|$)|pw$|secret|token|credential", re.IGNORECASE)
 # What a connection string, a URL or a command's option says.
 SECRET_VALUE = re.compile(r"passw(or)?d\s*=\s*\S|://[^\s/@:]*:[^\s/@]+@", re.IGNORECASE)
@@ -209,6 +211,32 @@ SCHEMA: dict[str, Any] = {
     },
     "clean": {"data": "boolean", "role": "boolean", "secret": "boolean", "packages": "boolean"},
 }
+# What the states take that may be used with words of their own; null is left out.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "slmdb_role": {
+        "roles": (
+            "names",
+            "role",
+            (
+                "null",
+                {
+                    "login": "boolean",
+                    "member_of": _ROLE["member_of"],
+                    "connection_limit": _ROLE["connection_limit"],
+                },
+            ),
+        )
+    },
+    "slmdb_database": {"databases": SCHEMA["databases"]},
+    "slmdb_secret": {
+        **SCHEMA["secret"],
+        "role": "identifier",
+        "database": "identifier",
+        "port": SCHEMA["port"],
+        "credentials_file": "path",
+    },
+    "slmdb_repository": {"repository": SCHEMA["repository"], **SCHEMA["pgdg"]},
+}
 
 
 def __virtual__() -> str:
@@ -235,7 +263,7 @@ def _unknown(path: str, key: Any, known: Any) -> str:
 
 def _wrong_type(path: str, value: Any, wanted: str) -> str:
     # Text in place of a mapping may be a password that somebody put one level too high.
-    hidden = wanted != "a list" or path.split(":")[1] in ("secret", "roles")
+    hidden = wanted != "a list" or not path.startswith(TOP) or path.split(":")[1] in OWN_SECRETS
     given = __salt__["slmdb_kinds.show"](value, hidden=hidden)
     return f"{path}: {given} is given; allowed: {wanted}"
 
@@ -522,3 +550,26 @@ def problems(pillar: Any) -> list[str]:
         for check in CHECKS:
             lines.extend(check(pillar))
     return list(dict.fromkeys(lines))
+
+
+def refuse(noun: str, **given: Any) -> None:
+    """
+    Refuse what a state of a noun is told, by the same rules as pillar.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_schema.refuse slmdb_secret url_keys=URL
+
+    noun
+        The name of its module, such as ``slmdb_role``.
+    given
+        Arguments of its state ``present``; ``None`` is one that is left out.
+
+    Returns nothing if they are right. Raises ``SaltInvocationError`` with one line per mistake.
+    """
+    told = {key: value for key, value in given.items() if value is not None}
+    lines = list(_fields(ARGUMENTS[noun], told, f"{noun}.present"))
+    if lines:
+        raise SaltInvocationError("\n".join(lines))

@@ -47,6 +47,7 @@ def _targets(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what the caller asks for: one role if anything is given, else all of the settings."""
     given = {name: value for name, value in given.items() if not name.startswith("__")}
     if given:
+        __salt__["slmdb_schema.refuse"]("slmdb_secret", **given)
         return [__salt__["slmdb_secret_plan.wanted"](**given)]
     return __salt__["slmdb_secret_plan.everyone"]()
 

@@ -41,6 +41,26 @@ def _unknown(name: str) -> dict:
     return _answer(name, None, f"The server {why}.", changes)
 
 
+def again(noun: str, function: str, name: str, told: dict[str, Any]) -> dict:
+    """
+    Make true once more what a state makes true, because another one that it watches changed
+    something.
+
+    noun
+        The state's module, e.g. ``slmdb_role``.
+    function
+        Its function, e.g. ``present``.
+    name
+        The state's name.
+    told
+        Its arguments, and what Salt adds to them.
+
+    Returns what the function returns.
+    """
+    own = {key: value for key, value in told.items() if not key.startswith("__")}
+    return __states__[f"{noun}.{function}"](name, **own)
+
+
 def converge(
     name: str,
     noun: str,

@@ -4,6 +4,8 @@ Who may log in: the rules are in place, and seen to work.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_access"
 
 
@@ -44,3 +46,17 @@ def verified(name: str) -> dict:
         comment = "The login matrix would be tried."
         return {"name": name, "changes": {}, "result": True, "comment": comment}
     return __states__["slmdb.ask"](name, "slmdb_access.verify", "The login matrix is right.")
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_access", sfun, name, told)

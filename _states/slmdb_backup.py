@@ -4,6 +4,8 @@ Backups: the engine is configured, the repository knows the instance, timers run
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_backup"
 
 
@@ -62,3 +64,17 @@ def absent(name: str) -> dict:
     """
     verbs = ("leftovers", "remove")
     return __states__["slmdb.converge"](name, "slmdb_pgbackrest", verbs=verbs)
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_backup", sfun, name, told)

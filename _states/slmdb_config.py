@@ -4,6 +4,8 @@ The server's configuration is what the settings say, and in force as far as it m
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_config"
 
 
@@ -39,3 +41,17 @@ def absent(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_original", {"part": "config"})
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_config", sfun, name, told)

@@ -4,6 +4,8 @@ The instance exists.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_instance"
 
 
@@ -40,3 +42,17 @@ def absent(name: str) -> dict:
     """
     verbs, why = ("leftovers", "remove"), "slmdb_instance.why_kept"
     return __states__["slmdb.converge"](name, "slmdb_instance", verbs=verbs, why=why)
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_instance", sfun, name, told)

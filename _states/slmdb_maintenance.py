@@ -4,6 +4,8 @@ What is parked is done, in a window or with an approval.
 
 from __future__ import annotations
 
+from typing import Any
+
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 __virtualname__ = "slmdb_maintenance"
@@ -52,3 +54,17 @@ def _done(long_transaction: int) -> dict:
     report = __salt__["slmdb_maintenance.run"](long_transaction)
     comment = "\n".join(__salt__["slmdb_maintenance.sentences"](report)) + note
     return {"result": not report["failed"], "changes": report["changes"], "comment": comment}
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_maintenance", sfun, name, told)

@@ -4,6 +4,8 @@ The schema of the application's database is what the backend's code wants.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_migration"
 
 
@@ -36,3 +38,17 @@ def applied(name: str, target: str | None = None) -> dict:
     elif answer["result"] is False and not __opts__["test"]:
         answer["changes"] = __salt__["slmdb_migration.achieved"]()
     return answer
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_migration", sfun, name, told)

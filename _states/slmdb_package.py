@@ -4,6 +4,8 @@ The packages are installed, and psycopg2 in Salt's own Python.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_package"
 
 
@@ -29,3 +31,17 @@ def absent(name: str) -> dict:
         A sentence for the state's id; nothing depends on it.
     """
     return __states__["slmdb.converge"](name, "slmdb_package", verbs=("leftovers", "remove"))
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_package", sfun, name, told)

@@ -4,6 +4,8 @@ The pillar, checked as a whole before any of it is used.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_pillar"
 
 
@@ -29,3 +31,17 @@ def valid(name: str, defaults: str = "", distributions: str = "") -> dict:
     """
     __salt__["slmdb_pillar.begin_run"]()
     return __states__["slmdb.ask"](name, "slmdb_pillar.problems", "The pillar is valid.")
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_pillar", sfun, name, told)

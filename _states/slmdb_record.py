@@ -4,6 +4,8 @@ The settings of this run are recorded for later reports.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_record"
 
 
@@ -42,3 +44,17 @@ def kept(name: str) -> dict:
     """
     fine = "Nothing of the formula is left."
     return {**__states__["slmdb.ask"](name, "slmdb_record.kept", fine), "result": True}
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_record", sfun, name, told)

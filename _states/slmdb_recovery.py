@@ -4,6 +4,8 @@ A host that was lost: its data is back.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_recovery"
 
 
@@ -28,3 +30,17 @@ def restored(name: str) -> dict:
             answer["comment"] += f" {lacking}"
             answer["warnings"] = [lacking]
     return answer
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_recovery", sfun, name, told)

@@ -4,6 +4,8 @@ PGDG's package repository, where pillar asks for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_repository"
 
 
@@ -50,3 +52,17 @@ def absent(name: str) -> dict:
     """
     given = {"repository": "distribution"}
     return __states__["slmdb.converge"](name, "slmdb_repository", given)
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_repository", sfun, name, told)

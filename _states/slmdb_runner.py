@@ -4,6 +4,8 @@ Timers can call our functions: a copy of the modules of this run is theirs.
 
 from __future__ import annotations
 
+from typing import Any
+
 __virtualname__ = "slmdb_runner"
 
 
@@ -30,3 +32,17 @@ def absent(name: str) -> dict:
     """
     verbs = ("leftovers", "remove")
     return __states__["slmdb.converge"](name, "slmdb_runner", verbs=verbs)
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_runner", sfun, name, told)

@@ -78,3 +78,17 @@ def absent(name: str) -> dict:
     """
     why = "slmdb_secret_removal.kept"
     return __states__["slmdb.converge"](name, "slmdb_secret_removal", why=why)
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the state once more.
+
+    name
+        Its name.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    return __states__["slmdb.again"]("slmdb_secret", sfun, name, told)

@@ -4,6 +4,10 @@ The server runs under our unit and starts at boot.
 
 from __future__ import annotations
 
+from typing import Any
+
+from salt.exceptions import CommandExecutionError
+
 __virtualname__ = "slmdb_service"
 
 
@@ -25,3 +29,27 @@ def running(name: str) -> dict:
         waiting = __salt__["slmdb_service.warnings"]()
         answer.update({"warnings": waiting} if waiting else {})
     return answer
+
+
+def mod_watch(name: str, sfun: str, **told: Any) -> dict:
+    """
+    For ``watch`` and ``listen``: the server runs, and reads its files again.
+
+    name
+        A sentence for the state's id; nothing depends on it.
+    sfun
+        The state's function.
+    told
+        Its arguments.
+    """
+    answer = __states__["slmdb.again"]("slmdb_service", sfun, name, told)
+    if answer["changes"] or answer["result"] is False:
+        return answer
+    answer["changes"] = {"configuration": {"old": "read", "new": "read again"}}
+    if __opts__["test"]:
+        return {**answer, "result": None, "comment": "Would be reloaded."}
+    try:
+        __salt__["slmdb_service.reload"]()
+    except CommandExecutionError as err:
+        return {**answer, "result": False, "comment": str(err), "changes": {}}
+    return {**answer, "comment": "Reloaded."}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
@@ -55,3 +58,85 @@ def test_a_host_without_what_is_asked_for_is_one_line(shared_server, function, a
     with pytest.raises(CommandExecutionError) as refused:
         shared_server.call(function, *arguments)
     assert "\n" not in str(refused.value.strerror)
+
+
+STATES = {
+    "slmdb_role.present": [
+        ({"roles": ["reader"]}, "roles: a list is given; allowed: a mapping from names"),
+        ({"roles": {"pg_x": {}}}, 'roles:pg_x: "pg_x" is not a role name'),
+        ({"roles": {"r": {"superuser": True}}}, "roles:r:superuser: there is no such key"),
+        ({"roles": {"r": {"member_of": "a"}}}, "roles:r:member_of: text that is not shown here"),
+        ({"roles": {"r": {"connection_limit": "x"}}}, "roles:r:connection_limit: "),
+        ({"roles": {"r": {"password": "canary"}}}, "roles:r:password: no password is taken"),
+        ({"roles": {"r": {"member_of": ["gone"]}}}, "roles:r:member_of:0: the server has no role"),
+    ],
+    "slmdb_database.present": [
+        ({"databases": {"template1": {}}}, 'databases:template1: "template1" is not a database'),
+        ({"databases": {"d": {"extensions": "x"}}}, "databases:d:extensions: text that is not"),
+        ({"databases": {"d": {"extensions": ["x"]}}}, "databases:d:extensions:0: the server has"),
+    ],
+    "slmdb_secret.present": [
+        ({"url_keys": "URL"}, "url_keys: text that is not shown here is given; allowed: a list"),
+        ({"file": "etc/x"}, 'file: "etc/x" is not an absolute path'),
+        ({"mode": 416}, "mode: 416 is not a mode"),
+        ({"length": "x"}, 'length: "x" is not in range'),
+        ({"fil": "/x"}, "fil: there is no such key; did you mean file?"),
+    ],
+    "slmdb_repository.present": [
+        ({"repository": "PGDG"}, 'repository: "PGDG" is not one of the choices'),
+        ({"fingerprint": 5}, "fingerprint: 5 is not the full fingerprint of a key"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "given", "words"),
+    [(state, given, words) for state, cases in STATES.items() for given, words in cases],
+)
+def test_a_state_of_another_formula_is_checked_as_pillar_is(shared_server, state, given, words):
+    """Its own words go through the same table, with test=True and in earnest."""
+    for test in (True, False):
+        result = shared_server.state(state, test=test, **given)
+        assert result.result is False
+        assert result.comment.startswith(f"{state}:{words}") and "canary" not in result.comment
+
+
+def test_what_a_state_leaves_out_is_as_the_settings_say(shared_server):
+    """A database needs no more than its name."""
+    told = {"databases": {"brief": None}, "roles": {"autobot_slm": {"login": True}}}
+    for noun in ("role", "database"):
+        arguments = {f"{noun}s": told[f"{noun}s"]}
+        assert shared_server.state(f"slmdb_{noun}.present", **arguments).result is True
+    assert shared_server.call("slmdb_database.read", ["brief"])["brief"]["owner"] == "autobot_slm"
+
+
+@pytest.fixture(scope="module")
+def another(shared_server, minions, tmp_path_factory):
+    """Apply an SLS of another formula in which our states listen to, or watch, a change."""
+    directory = tmp_path_factory.mktemp("roots")
+    roots = {"base": [str(Path(__file__).resolve().parents[2]), str(directory)]}
+
+    def apply(how: str, **keywords) -> dict:
+        what = [{how: [{"test": "A change"}]}]
+        states = {
+            "A change": {"test.succeed_with_changes": []},
+            "A role": {"slmdb_role.present": [*what, {"roles": {"listening": None}}]},
+            "A secret": {"slmdb_secret.applicable": what},
+            "The server": {"slmdb_service.running": what},
+        }
+        (directory / "another.sls").write_text(json.dumps(states))
+        run = minions(None, file_roots=roots).call("state.apply", "another", **keywords)
+        return {one["__id__"]: one for one in run.raw.values()}
+
+    return apply
+
+
+@pytest.mark.parametrize("how", ["watch", "listen"])
+def test_our_states_watch_and_listen(another, how):
+    """What changed elsewhere has them applied once more, and the server read its files again."""
+    for test in (True, False):
+        states = another(how, test=test)
+        assert [one["comment"] for one in states.values() if one["result"] is False] == []
+        server = states["listener_The server" if how == "listen" else "The server"]
+        assert list(server["changes"]) == ["configuration"]
+        assert server["result"] is (None if test else True)

@@ -218,3 +218,27 @@ def test_extra_rules_come_where_they_should_and_shadowed_ones_are_named(settled)
     assert lines[6] == "host reports reader 10.2.0.0/16 scram-sha-256"
     (line,) = settled.call("slmdb_access.shadowed")
     assert line.startswith("slm_database:hba:after:1: ") and "slm_database:hba:preset" in line
+
+
+@pytest.mark.parametrize(
+    ("edit", "change"),
+    [
+        (
+            lambda lines: ["local all alice reject", *lines],
+            {"old": ["local all alice reject"], "new": []},
+        ),
+        (
+            lambda lines: lines[::-1],
+            {"old": "another content", "new": "in another order"},
+        ),
+        (
+            lambda lines: ["# by hand", *lines],
+            {"old": "another content", "new": "the wanted content"},
+        ),
+    ],
+)
+def test_what_becomes_of_the_rules_is_told_as_it_is(settled, edit, change):
+    """Lines that go are not called lines in another order."""
+    HBA.write_text("\n".join(edit(HBA.read_text().splitlines())) + "\n")
+    assert settled.state("slmdb_access.applied", test=True).changes[str(HBA)] == change
+    assert settled.state("slmdb_access.applied").changes[str(HBA)] == change

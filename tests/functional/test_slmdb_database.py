@@ -105,7 +105,7 @@ def test_a_database_without_schema_public_is_left_so(host):
 
 def test_extensions_and_further_databases(host):
     """Pillar's databases have names that need quoting, owners and extensions of their own."""
-    name = 'reports "2026" ö'
+    name = "Reports; 2026 ö"
     databases = {name: {**BASE, "extensions": ["pg_trgm"], "encoding": "LATIN1", "locale": "C"}}
     made = host.state("slmdb_database.present", databases=databases)
     assert made.result is True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-ROLES = {"autobot_slm": {"login": True}, 'reader\'s "quoted" ö': {"member_of": ["pg_monitor"]}}
+ROLES = {"autobot_slm": {"login": True}, "Reader; of ö": {"member_of": ["pg_monitor"]}}
 
 
 def test_the_application_role_has_no_special_rights(server):
