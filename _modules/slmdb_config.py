@@ -333,7 +333,8 @@ def _file_differences(found: dict[str, Any], text: str) -> dict[str, dict[str, A
         return {}
     old, new = (__salt__["slmdb_conf.parse"](part) for part in (_present(found), text))
     loaded = _loaded()
-    when = ": at a restart" if __salt__["slmdb_lastgood.permitted"]() else ": waits for a restart"
+    now = __salt__["slmdb_window.restart_permitted"]()
+    when = ": at a restart" if now else ": waits for a restart"
     changes = {}
     for name in sorted({**old, **new}):
         if old.get(name) == new.get(name):

@@ -90,11 +90,7 @@ def within(seconds: float, path: str, function: Callable, *arguments: Any) -> An
     """
     Call what looks at a path, and do not wait longer than that: a mount may hang for ever.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_disk.free /var/lib/pgbackrest
+    For callers in Python.
 
     seconds
         How long to wait.

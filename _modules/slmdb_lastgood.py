@@ -186,28 +186,6 @@ def _placed(words: str) -> str:
     return f"{words}; take it out of {place}, and start again" if place else words
 
 
-def permitted() -> str | None:
-    """
-    Return why the server may be restarted now, or None if it may not.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_lastgood.permitted
-    """
-    get = __salt__["slmdb_pillar.get"]
-    if not exists():
-        return "first install"
-    if get("restart") == "now":
-        return "slm_database:restart is now"
-    if get("maintenance", "approve"):
-        return "slm_database:maintenance:approve"
-    if "slmdb_window.permitted" in __salt__ and __salt__["slmdb_window.permitted"]():
-        return "the maintenance window is open"
-    return None
-
-
 def port() -> int:
     """
     Return the server's port; in test mode the one it will have after the restart that comes first.
@@ -222,7 +200,11 @@ def port() -> int:
     """
     found = __salt__["slmdb_instance.facts"]()
     moves = __opts__.get("test") and found["running"] and found["port"] != found["wanted_port"]
-    return found["wanted_port"] if moves and permitted() else found["port"]
+    return (
+        found["wanted_port"]
+        if moves and __salt__["slmdb_window.restart_permitted"]()
+        else found["port"]
+    )
 
 
 def differences() -> dict[str, dict[str, Any]]:
@@ -243,7 +225,9 @@ def differences() -> dict[str, dict[str, Any]]:
     waiting = __salt__["slmdb_config.waiting"]()
     # Windows and systemd are looked at only if something waits. A server that runs outside our unit
     # is started anew by slmdb_service.running.
-    if not waiting or not permitted() or not __salt__["slmdb_service.running"]():
+    if not waiting or not __salt__["slmdb_window.restart_permitted"]():
+        return {}
+    if not __salt__["slmdb_service.running"]():
         return {}
     # With what our file has or will have; by others there may be something new since it was parked.
     _refuse(__salt__["slmdb_config.problems"]())

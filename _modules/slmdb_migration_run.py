@@ -241,11 +241,7 @@ def run(target: str | None = None) -> dict[str, Any]:
     """
     Migrate the database, as ``slmdb_migration.apply`` says.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt '*.19' slmdb_migration.apply
+    For callers in Python.
 
     target
         As for ``alembic upgrade``; ``None``: ``migration:target`` from pillar.

@@ -78,34 +78,6 @@ def _file(archive: tarfile.TarFile, member: tarfile.TarInfo) -> _File:
     return _File(stream.read(), member.uname, member.gname, f"{member.mode & 0o7777:04o}")
 
 
-def plan(copy: str, identity: str) -> dict[str, Any]:
-    """
-    Say what ``unpack`` would do on this host, or why it will not.
-
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_recovery.plan /root/slm-copy.age /root/identity.txt
-
-    copy
-        The file that ``slmdb_backup.copy`` made.
-    identity
-        The file of the secret key that opens it (of age, or an SSH key).
-
-    Returns ``made`` (UTC), ``instance``, ``system_identifier``, ``files`` (to be written),
-    ``settings`` (the pillar that the lost host had beyond the defaults) and ``pillar`` (the file
-    in which they will be; ``None`` if pillar has them). Raises ``SaltInvocationError`` if a file
-    is missing, ``CommandExecutionError`` if age is missing, the copy cannot be opened, or this
-    host has another instance or other secrets.
-    """
-    _readable("copy", copy)
-    _readable("identity", identity)
-    if not os.path.exists(PROGRAM):
-        raise CommandExecutionError(f"{PROGRAM} is missing; apt-get install age")
-    return _planned(*_opened(copy, identity))
-
-
 def _planned(manifest: dict[str, Any], files: dict[str, _File]) -> dict[str, Any]:
     instance = manifest["instance"]
     name = f"{instance['version']}/{instance['name']}"
@@ -195,11 +167,17 @@ def unpack(copy: str, identity: str) -> dict[str, Any]:
 
         salt-call slmdb_recovery.unpack /root/slm-copy.age /root/identity.txt
 
-    copy, identity
-        As for ``plan``.
+    copy
+        The file that ``slmdb_backup.copy`` made.
+    identity
+        The file of the secret key that opens it (of age, or an SSH key).
 
-    Returns what ``plan`` does. Everything is checked before a file is written; only age is
-    installed if it is missing. Raises what ``plan`` raises.
+    Everything is checked before a file is written; only age is installed if it is missing.
+    Returns ``made`` (UTC), ``instance``, ``system_identifier``, ``files`` (that were written),
+    ``settings`` (the pillar that the lost host had beyond the defaults) and ``pillar`` (the file
+    in which they are; ``None`` if pillar has them). Raises ``SaltInvocationError`` if a file is
+    missing, ``CommandExecutionError`` if the copy cannot be opened, or this host has another
+    instance or other secrets.
     """
     _readable("copy", copy)
     _readable("identity", identity)

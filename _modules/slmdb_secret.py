@@ -238,14 +238,12 @@ def problem() -> str | None:
     return None
 
 
-def facts(server: bool = True, query: Any = None) -> dict[str, Any]:
+def facts(server: bool = True) -> dict[str, Any]:
     """
     Report on the application's secret, without any secret.
 
     server
         False leaves the server out: ``in_step`` is None then.
-    query
-        For callers in Python: a function to ask the server with, instead of ``slmdb_server.query``.
 
     Returns file, exists, owner, group, mode (of the file, or None), wanted (those three), in_step
     (True, False, None if unknown), verifier (its kind), problem (one line or None), missing_keys
@@ -282,7 +280,7 @@ def facts(server: bool = True, query: Any = None) -> dict[str, Any]:
         found["problem"] = None  # it has the password under another key
     if server and want["key"] in values:
         with contextlib.suppress(CommandExecutionError):
-            found.update(_server_report(want, values[want["key"]], query))
+            found.update(_server_report(want, values[want["key"]]))
     return found
 
 
@@ -353,9 +351,9 @@ def _left_behind(want: dict[str, Any], password: str | None) -> str | None:
     return None
 
 
-def _server_report(want: dict[str, Any], password: str, query: Any) -> dict[str, Any]:
-    kind = __salt__["slmdb_verifier.kind"](want["role"], query)
-    in_step = __salt__["slmdb_verifier.in_step"](want["role"], password, query)
+def _server_report(want: dict[str, Any], password: str) -> dict[str, Any]:
+    kind = __salt__["slmdb_verifier.kind"](want["role"])
+    in_step = __salt__["slmdb_verifier.in_step"](want["role"], password)
     return {"verifier": kind, "in_step": in_step}
 
 

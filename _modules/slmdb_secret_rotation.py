@@ -144,11 +144,7 @@ def rotate(plan: Any, new: str | None = None, strict: bool = True) -> dict[str, 
     old_password_refused and url_stale. Raises ``CommandExecutionError`` if the new password did not
     work: everything is as before then.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret.rotate
+    For callers in Python.
     """
     rotation = _Rotation(plan)
     _check(rotation, strict)
@@ -169,11 +165,7 @@ def preview(plan: Any) -> dict[str, Any]:
     Returns role, file, keys (those that would change) and backend. Raises ``CommandExecutionError``
     if the rotation could not begin.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret.rotate dry_run=True
+    For callers in Python.
     """
     rotation = _Rotation(plan)
     if plan.rotation != "interrupted":
@@ -212,11 +204,7 @@ def resume(plan: Any) -> dict[str, Any]:
     Returns what ``rotate`` returns; rotated is False if it was undone. Raises
     ``CommandExecutionError`` if the new password turns out not to work: it is undone then.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret.rotate
+    For callers in Python.
     """
     rotation = _Rotation(plan)
     current, following = plan.password, plan.values.get(plan.next_key)

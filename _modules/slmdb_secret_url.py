@@ -42,11 +42,7 @@ def whole(want: dict[str, Any], password: str) -> str:
 
     Returns the URL; every part is percent-encoded.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret_url.whole "$WANTED" 'password'
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     role, secret, database = (
         quote(text, safe="") for text in (want["role"], password, want["database"])
@@ -121,11 +117,7 @@ def renewed(want: dict[str, Any], text: str, password: str, known: set[str]) -> 
     Returns the URL: a new one where it is ours, the same with another password where it is the
     operator's for our role on this server; None where it is for something else.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret_url.renewed "$WANTED" 'postgresql://...' 'password' "$KNOWN"
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     if ours(want, text, known):
         return whole(want, password)
@@ -177,11 +169,7 @@ def holds(text: str, password: str) -> bool:
 
     Returns True or False.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret_url.holds 'postgresql://...' 'password'
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     return any(password in (raw, unquote(raw)) for raw in _passwords(text))
 
@@ -197,11 +185,7 @@ def stale(text: str, password: str | None) -> bool:
 
     Returns True or False; False as well for one without a password.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret_url.stale 'postgresql://...' 'password'
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     return any(unquote(raw) != password for raw in _passwords(text))
 
@@ -331,11 +315,7 @@ def renewed_urls(want: dict[str, Any], store: Any, password: str) -> dict[str, s
 
     Returns the URLs by their keys: ours, and those of the operator for our role on this server.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_secret_url.renewed_urls "$WANTED" "$STORE" 'password'
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     values = store.values()
     passwords = known(want, values)

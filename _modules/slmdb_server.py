@@ -116,11 +116,7 @@ def connect(database: str = USER, **overrides: Any) -> Any:
     """
     Open a connection of one's own to the instance as the superuser.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_server.available
+    For callers in Python.
 
     database
         Name of the database.

@@ -328,7 +328,7 @@ def differences() -> dict:
     __context__["slmdb_service_left"] = []
     if not found["running"]:
         changes["server"] = {"old": "stopped", "new": "running"}
-    elif _outside(found, state) and __salt__["slmdb_lastgood.permitted"]():
+    elif _outside(found, state) and __salt__["slmdb_window.restart_permitted"]():
         changes["server"] = {"old": OUTSIDE, "new": "running"}
     elif _outside(found, state):
         line = f"the server is {OUTSIDE} {found['unit']}; it is moved there by a restart, {PARKED}"

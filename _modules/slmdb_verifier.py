@@ -16,7 +16,6 @@ import re
 import stringprep
 import time
 import unicodedata
-from collections.abc import Callable
 from typing import Any
 
 from salt.exceptions import CommandExecutionError
@@ -105,11 +104,7 @@ def make(password: str, iterations: int = _ITERATIONS) -> str:
 
     Returns the text that PostgreSQL stores.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_verifier.make 'password'
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     salt = os.urandom(16)
     stored, server = (
@@ -131,11 +126,7 @@ def matches(password: str, verifier: str, role: str) -> bool:
 
     Returns True or False; False as well for a verifier of an unknown kind.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_verifier.matches 'password' 'SCRAM-SHA-256$...' autobot_slm
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     if verifier.startswith("md5"):
         digest = hashlib.md5((password + role).encode(), usedforsecurity=False).hexdigest()
@@ -150,20 +141,19 @@ def matches(password: str, verifier: str, role: str) -> bool:
     )
 
 
-def _stored(role: str, query: Callable | None = None) -> list[str | None]:
-    ask = query or __salt__["slmdb_server.query"]
-    rows = ask("SELECT rolpassword FROM pg_catalog.pg_authid WHERE rolname = %s", (role,))
+def _stored(role: str) -> list[str | None]:
+    rows = __salt__["slmdb_server.query"](
+        "SELECT rolpassword FROM pg_catalog.pg_authid WHERE rolname = %s", (role,)
+    )
     return [row["rolpassword"] for row in rows]
 
 
-def kind(role: str, query: Callable | None = None) -> str:
+def kind(role: str) -> str:
     """
     Say what the server stores for a role.
 
     role
         The name of the role.
-    query
-        For callers in Python: what to ask the server with instead of ``slmdb_server.query``.
 
     Returns ``no role``, ``none``, ``scram-sha-256``, ``md5`` or ``unknown``. Raises
     ``CommandExecutionError`` if the server does not answer.
@@ -174,7 +164,7 @@ def kind(role: str, query: Callable | None = None) -> str:
 
         salt-call slmdb_verifier.kind autobot_slm
     """
-    found = _stored(role, query)
+    found = _stored(role)
     if not found:
         return "no role"
     if found[0] is None:
@@ -184,7 +174,7 @@ def kind(role: str, query: Callable | None = None) -> str:
     return "md5" if found[0].startswith("md5") else "unknown"
 
 
-def in_step(role: str, password: str, query: Callable | None = None) -> bool:
+def in_step(role: str, password: str) -> bool:
     """
     Tell whether the server would accept a password for a role, without sending or setting it.
 
@@ -192,19 +182,13 @@ def in_step(role: str, password: str, query: Callable | None = None) -> bool:
         The name of the role.
     password
         The password.
-    query
-        For callers in Python: what to ask the server with instead of ``slmdb_server.query``.
 
     Returns True or False; False as well for a role that does not exist or has no password. Raises
     ``CommandExecutionError`` if the server does not answer.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_verifier.in_step autobot_slm 'password'
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
-    found = _stored(role, query)
+    found = _stored(role)
     if not found or found[0] is None:
         return False
     # To derive the keys is slow on purpose; a run compares the same pair several times.
@@ -226,11 +210,7 @@ def put(role: str, password: str) -> None:
 
     Raises CommandExecutionError if the server refuses, without quoting the statement.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_verifier.put autobot_slm 'password'
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     from psycopg2 import sql
 
@@ -297,11 +277,7 @@ def login(
 
     Returns True, or the server's one-line refusal.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_verifier.login autobot_slm 'password' autobot_slm 127.0.0.1 5432
+    For callers in Python: on a command line a password is seen by everybody on the host.
     """
     try:
         import psycopg2

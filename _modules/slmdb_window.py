@@ -267,19 +267,24 @@ def reason() -> str | None:
     return None
 
 
-def permitted() -> bool:
+def restart_permitted() -> str | None:
     """
-    Tell whether a restart, an update or a schema change may happen now.
+    Say what permits a restart of the server now: a first install, ``restart: now``, or ``reason``.
 
     CLI Example:
 
     .. code-block:: bash
 
-        salt-call slmdb_window.permitted
+        salt-call slmdb_window.restart_permitted
 
-    Returns a boolean. Raises ``CommandExecutionError`` if the settings cannot be used.
+    Returns one line, ``None`` if nothing permits it. Raises ``CommandExecutionError`` if the
+    settings cannot be used.
     """
-    return reason() is not None
+    if not __salt__["slmdb_lastgood.exists"]():
+        return "first install"
+    if __salt__["slmdb_pillar.get"]("restart") == "now":
+        return "slm_database:restart is now"
+    return reason()
 
 
 def refusal() -> str:

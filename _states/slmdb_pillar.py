@@ -13,14 +13,12 @@ def __virtual__() -> str:
     return __virtualname__
 
 
-def valid(name: str, defaults: str = "", distributions: str = "") -> dict:
+def valid(name: str) -> dict:
     """
     Fail, with one line per mistake, unless everything below ``slm_database`` in pillar is right.
 
     name
         A sentence for the state's id; nothing depends on it.
-    defaults, distributions
-        The formula's own files, named so that salt-ssh carries them to the host.
 
     Example:
 

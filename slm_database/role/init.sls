@@ -3,10 +3,8 @@
 include:
   - slm_database.check
   - slm_database.secret.adopt
-  - slm_database.secret.adopt
 
 The roles are present:
   slmdb_role.present:
     - require:
-      - sls: slm_database.secret.adopt
       - slmdb_secret: The older install is adopted

@@ -5,7 +5,6 @@ include:
   - slm_database.check
   - slm_database.service
   - slm_database.secret.check
-  - slm_database.service
 
 The older install is adopted:
   slmdb_secret.adopted:

@@ -4,7 +4,6 @@ include:
   - slm_database.check
   - slm_database.role
   - slm_database.secret.check
-  - slm_database.role
 
 The password is persisted:
   slmdb_secret.present:

@@ -156,12 +156,24 @@ def test_an_approval_is_not_recorded(parked):
 def test_an_open_window_and_the_policy_auto_permit_it(parked):
     """The default run honours the same gate."""
     window = {"policy": "window", "windows": ["daily 00:00-24:00"]}
-    for told in (window, {"policy": "auto"}):
+    for told, why in ((window, "a window is open until "), ({"policy": "auto"}, "policy is auto")):
         parked.tell({"slm_database": {**PARKED, "maintenance": told}})
-        assert parked.call("slmdb_window.permitted") is True
+        assert why in parked.call("slmdb_window.reason")
+        assert parked.call("slmdb_window.restart_permitted") == parked.call("slmdb_window.reason")
         assert parked.state("slmdb_maintenance.done", test=True).result is None
     assert parked.state("slmdb_config.in_force").result is True
     assert connections(parked) == "37"
+
+
+def test_a_restart_may_also_be_asked_for_or_be_the_first(parked):
+    """Nothing else is permitted by that."""
+    assert parked.call("slmdb_window.restart_permitted") is None
+    parked.tell({"slm_database": {**PARKED, "restart": "now"}})
+    assert parked.call("slmdb_window.restart_permitted") == "slm_database:restart is now"
+    parked.tell({"slm_database": PARKED})
+    Path("/var/lib/autobot-slm-database/last-good/conf").unlink()
+    assert parked.call("slmdb_window.restart_permitted") == "first install"
+    assert parked.call("slmdb_window.reason") is None
 
 
 def test_a_long_transaction_is_named_and_left_alone(parked):

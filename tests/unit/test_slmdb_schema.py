@@ -138,8 +138,14 @@ def _examples() -> list[dict]:
     return [yaml.safe_load(re.sub(r"(?m)^ *# \| ", "", block)) for block in blocks]
 
 
-def test_the_examples_in_the_example_are_valid():
-    """Together, because one may name what another declares."""
+@pytest.mark.parametrize("example", _examples(), ids=lambda example: "-".join(example))
+def test_each_example_in_the_example_is_valid_by_itself(example):
+    """Whoever takes the # | away from one gets no mistake, and needs no other one."""
+    assert problems(example) == []
+
+
+def test_the_examples_in_the_example_are_valid_together():
+    """What two of them declare is not in each other's way."""
     merged: dict = {}
     for example in _examples():
         for key, value in example.items():
