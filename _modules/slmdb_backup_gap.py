@@ -33,10 +33,12 @@ SELECT pg_last_wal_replay_lsn()::text AS lsn,
 USUAL = 1 << 24  # bytes of a segment, unless initdb was told otherwise
 _SEGMENT = re.compile(r"^.*/([0-9A-F]{24})-([0-9a-f]{40})", re.MULTILINE)
 SIZE = "SELECT setting::bigint AS bytes FROM pg_settings WHERE name = 'wal_segment_size'"
-# The first segment that was not archived yet; what waits was written before what is written.
-NEXT = """
-SELECT coalesce(min(left(name, 24)), pg_walfile_name(pg_current_wal_insert_lsn())) AS wal
-  FROM pg_ls_archive_statusdir() WHERE name ~ '^[0-9A-F]{24}[.]ready$'
+# What is written next, and what waits; while archiving is on, all before is archived or waits.
+WRITTEN = """
+SELECT pg_walfile_name(pg_current_wal_flush_lsn() + 1) AS wal,
+       current_setting('archive_mode') = 'off' AS off,
+       ARRAY(SELECT left(name, 24) FROM pg_ls_archive_statusdir()
+              WHERE name ~ '^[0-9A-F]{24}[.]ready$') AS waiting
 """
 
 
@@ -113,9 +115,12 @@ def before(number: int) -> str | None:
     rows = __salt__["slmdb_backup.rows"](number)
     if not rows:
         return None
-    each, upcoming = _each(), __salt__["slmdb_server.query"](NEXT)[0]["wal"]
-    end = _named(upcoming[:8], max(_number(upcoming, each) - 1, 0), each)
-    return max(_missing(rows[-1]["wal"][0], end, each, _archived_in(number)), default=None)
+    each, written = _each(), __salt__["slmdb_server.query"](WRITTEN)[0]
+    end = _named(written["wal"][:8], max(_number(written["wal"], each) - 1, 0), each)
+    missing = set(_missing(rows[-1]["wal"][0], end, each, _archived_in(number)))
+    missing -= set(written["waiting"])
+    # While archive_mode waits for a restart not even the next one is sure to be archived.
+    return max(missing, default=written["wal"] if written["off"] else None)
 
 
 def _named(timeline: str, number: int, each: int) -> str:

@@ -108,12 +108,25 @@ def test_a_path_that_was_changed_and_changed_back(backed_up):
 def test_backups_that_were_off_for_a_while(backed_up, restarted):
     """Nobody gets the WAL of meanwhile, with a restart or without."""
     applied(backed_up, OFF)
+    write_wal(backed_up)
     if restarted:
         restart(backed_up)
-    write_wal(backed_up)
+        write_wal(backed_up)
     applied(backed_up, None)
     if restarted:
         restart(backed_up)
+    assert "has a gap at" in until_backed_up(backed_up, FIRST)
+
+
+@pytest.mark.once
+def test_what_is_written_while_archiving_waits_for_a_restart(backed_up):
+    """Backups are on again, and archive_mode is not."""
+    applied(backed_up, OFF)
+    restart(backed_up)
+    applied(backed_up, None)
+    for _ in range(2):
+        write_wal(backed_up)
+    restart(backed_up)
     assert "has a gap at" in until_backed_up(backed_up, FIRST)
 
 
