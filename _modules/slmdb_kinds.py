@@ -51,7 +51,8 @@ ADDRESS_WORDS = ("all", "samehost", "samenet")
 _DAY = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _DAYS = rf"{_DAY}(?:-{_DAY})?"
-_WINDOW = rf"(?:{_DAYS}(?:,{_DAYS})* |daily )?{_TIME}-(?:{_TIME}|24:00)"
+# One that ends when it begins could be no time or a whole day: that is 00:00-24:00.
+_WINDOW = rf"(?:{_DAYS}(?:,{_DAYS})* |daily )?(?P<begin>{_TIME})-(?!(?P=begin))(?:{_TIME}|24:00)"
 
 
 class _Kind(NamedTuple):
@@ -368,7 +369,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "window": _Kind(
         "a window",
-        'such as "Sun 02:00-04:00", "Mon,Wed 23:00-01:00" or "daily 03:00-04:00"',
+        'such as "Sun 02:00-04:00", "Mon,Wed 23:00-01:00" or "daily 00:00-24:00"',
         _matches(_WINDOW),
     ),
 }

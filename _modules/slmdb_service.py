@@ -333,9 +333,17 @@ def differences() -> dict:
     elif _outside(found, state):
         line = f"the server is {OUTSIDE} {found['unit']}; it is moved there by a restart, {PARKED}"
         __context__["slmdb_service_left"] = [line]
-    if state and state.get("UnitFileState") != "enabled":
+    if state and state.get("UnitFileState") != "enabled" and not _will_be_enabled(found):
         changes["start at boot"] = {"old": state.get("UnitFileState") or None, "new": "enabled"}
     return changes
+
+
+def _will_be_enabled(found: dict) -> bool:
+    """Whether in earnest the run puts back, before this, a unit that is only gone or masked."""
+    system, unit = "/etc/systemd/system", f"{found['unit']}.service"
+    if not __opts__["test"] or not os.path.islink(f"{system}/multi-user.target.wants/{unit}"):
+        return False
+    return f"{system}/{unit}" in __salt__["slmdb_unit.differences"]()
 
 
 def apply() -> None:

@@ -40,7 +40,10 @@ SETTINGS = {
         "transaction_isolation: the server takes it from no file",
     ),
     "what the server was built without": ({"bonjour": True}, "bonjour: Bonjour is not supported"),
-    "encryption with nothing": ({"ssl": True}, "settings:ssl: could not load server certificate"),
+    "encryption with no certificate named": (
+        {"ssl": True, "ssl_cert_file": ""},
+        "settings:ssl: could not load server certificate",
+    ),
     "only reserved connections": (
         {"superuser_reserved_connections": 100},
         "superuser_reserved_connections",

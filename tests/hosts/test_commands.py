@@ -72,6 +72,19 @@ def test_two_at_the_same_time(host):
     assert any("Waiting for another bin/apply to end" in one for one in said)
 
 
+def test_a_killed_run_leaves_no_pillar_for_long(host):
+    """A pillar may hold secrets: it is in memory only, and the next run takes it away."""
+    command = f"{FORMULA}/bin/apply --file-root=/srv/other"
+    places = "/run /tmp /var/tmp /var/lib/autobot-slm-database"
+    killed = f"{command} pillar='{{fine: true, word: canary-1}}' >/dev/null 2>&1 & "
+    found = f"grep -rls --include='*.yaml' canary-1 {places}"
+    killed += f"until found=$({found}); do sleep 0.02; done; "
+    left = host.run(f"{killed} kill -9 $!; echo $found").stdout.split()
+    assert left and all(path.startswith("/run/") for path in left)
+    host.run(f"{command} test=True pillar='{{fine: true}}'", timeout=200)
+    assert host.run(f"grep -rls canary-1 {places}", check=False).stdout == ""
+
+
 def test_a_minion_that_only_tests_by_itself_does_not_count(host):
     """Who calls bin/apply without test=True wants it applied."""
     host.write("/etc/salt/minion.d/test.conf", "test: true\n")

@@ -105,3 +105,22 @@ def test_what_waits_for_a_restart_waits_until_it_is_permitted(host):
     assert database.postmaster(host) != before
     assert database.sql(host, "show shared_buffers") == "200MB"
     assert database.changed(told(host, settings, "slm_database.service")) == set()
+
+
+UNIT = "/etc/systemd/system/autobot-slm-database.service"
+
+
+@pytest.mark.parametrize("harm", [f"rm {UNIT}", f"ln -sf /dev/null {UNIT}"])
+def test_a_unit_that_somebody_took_away(host, harm):
+    """It is put back, still starts at boot, and test=True announces no more than that."""
+    before = database.postmaster(host)
+    host.run(f"{harm} && systemctl daemon-reload")
+    words = f"{FORMULA}/bin/salt-call --out=json state.apply slm_database.service"
+    changed = []
+    for test in ("test=True", ""):
+        states = json.loads(host.run(f"{words} {test}", check=False).stdout)["local"].values()
+        assert database.failed({one["__id__"]: one for one in states}) == {}
+        changed.append({one["__id__"] for one in states if one["changes"]})
+    assert changed == [{"Our unit is what starts the instance"}] * 2
+    assert host.run("systemctl is-enabled autobot-slm-database").stdout.strip() == "enabled"
+    assert database.postmaster(host) == before

@@ -282,6 +282,12 @@ WRONG = [
         '"Mon-Wed-Fri 02:00-04:00"',
         "Mon,Wed 23:00",
     ),
+    (
+        {"maintenance": {"windows": ["Sun 02:00-02:00"]}},
+        "maintenance:windows:0",
+        '"Sun 02:00-02:00"',
+        "daily 00:00-24:00",
+    ),
     ({"maintenance": {"windows": [{}]}}, "maintenance:windows:0:rrule", "missing", ""),
     ({"maintenance": {"policy": False}}, "maintenance:policy", "false", "manual, window"),
     ({"migration": {"initialize": "a 'b"}}, "migration:initialize", "text", "a command"),
