@@ -31,7 +31,7 @@ def test_every_block_says_what_it_is(document):
 def test_every_scene_has_a_test():
     """What is typed only when something happened is typed by the test that lets it happen."""
     text = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
-    tested = set(re.findall(r'(?:commands\(GUIDE|typed\(host), "([a-z ]+)"', text))
+    tested = set(re.findall(r'(?:commands\(GUIDE|typed\(\w+), "([a-z ]+)"', text))
     fences = {fence for one in documents.documents() for fence, _ in documents.blocks(one)}
     told = {fence.removeprefix("console ") for fence in fences if fence.startswith("console ")}
     assert told == tested
