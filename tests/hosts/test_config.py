@@ -113,9 +113,10 @@ UNIT = "/etc/systemd/system/autobot-slm-database.service"
 @pytest.mark.parametrize("harm", [f"rm {UNIT}", f"ln -sf /dev/null {UNIT}"])
 def test_a_unit_that_somebody_took_away(host, harm):
     """It is put back, still starts at boot, and test=True announces no more than that."""
+    words = f"{FORMULA}/bin/salt-call --out=json state.apply slm_database.service"
+    host.run(words)  # without what other tests told it
     before = database.postmaster(host)
     host.run(f"{harm} && systemctl daemon-reload")
-    words = f"{FORMULA}/bin/salt-call --out=json state.apply slm_database.service"
     changed = []
     for test in ("test=True", ""):
         states = json.loads(host.run(f"{words} {test}", check=False).stdout)["local"].values()
