@@ -319,7 +319,7 @@ def test_a_restore_that_was_killed_in_the_middle_is_repeated(host):
     os.rename("/var/lib/postgresql/15/main", "/var/lib/postgresql/15/main.before-1")
     (line,) = [line for line in host.call("slmdb.health", 15)["problems"] if "restore" in line]
     assert "the data is in /var/lib/postgresql/15/main.before-1: repeat the restore" in line
-    with pytest.raises(CommandExecutionError, match=r"no data; mv /.*/main.before-1 /.*/main, or"):
+    with pytest.raises(CommandExecutionError, match=r"no data; mv /.*/main.before-1 /.*/main$"):
         host.call("slmdb_instance.differences")
     host.call("slmdb_backup.restore", in_place="15/main")
     assert entries(host) == ["before the backup", "kept"]
