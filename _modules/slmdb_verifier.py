@@ -226,17 +226,14 @@ def put(role: str, password: str) -> None:
 
 def _alone(statement: Any) -> None:
     """Run a statement in a session that others can tell by its name, and by nothing else."""
-    import psycopg2
-
     quiet = " ".join(f"-c {name}={value}" for name, value in _QUIET.items())
     options = f"{__salt__['slmdb_server.options']()} {quiet}"
     connection = __salt__["slmdb_server.connect"](application_name=_SETTER, options=options)
+    connection.autocommit = True
     try:
-        with connection, connection.cursor() as cursor:
-            cursor.execute(statement)
-    except psycopg2.Error as err:
-        said = err.diag.message_primary or type(err).__name__
-        raise CommandExecutionError(f"the password could not be set: {said}") from None
+        __salt__["slmdb_server.ask"](connection, statement)
+    except CommandExecutionError as err:
+        raise CommandExecutionError(f"the password could not be set: {err.strerror}") from None
     finally:
         connection.close()
 
