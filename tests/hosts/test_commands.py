@@ -14,6 +14,9 @@ def told():
     return "another formula"
 """
 FAILS = """
+{%- if pillar.get("until") %}
+{%- do salt["cmd.shell"]("until [ -e " ~ pillar["until"] ~ " ]; do sleep 0.1; done", timeout=120) %}
+{%- endif %}
 This fails:
   test.{{ "succeed" if pillar.get("fine") else "fail" }}_without_changes: []
 """
@@ -64,12 +67,20 @@ def test_a_failed_state_is_a_failed_command(host):
 def test_two_at_the_same_time(host):
     """The second waits for the first, and both end."""
     command = f"timeout 200 {FORMULA}/bin/apply --file-root=/srv/other test=True"
-    command += " pillar='{fine: true}'"
-    both = f"{command} >/root/one 2>&1 & sleep 0.7; {command} >/root/two 2>&1; two=$?; wait $!"
-    host.run(f"{both} && exit $two", timeout=500)
+    both = f"""
+        set -e
+        until_said() {{ timeout 100 sh -c 'until grep -qs "$1" "$2"; do sleep 0.1; done' - "$@"; }}
+        {command} pillar='{{fine: true, until: /root/waits}}' >/root/one 2>&1 & one=$!
+        until_said Applying /root/one
+        {command} pillar='{{fine: true}}' >/root/two 2>&1 & two=$!
+        until_said "Waiting for another bin/apply to end" /root/two
+        touch /root/waits
+        wait $one
+        wait $two
+    """
+    host.run(both, timeout=500)
     said = [host.read(f"/root/{name}") for name in ("one", "two")]
     assert all("    This fails" in one and "Succeeded: 1" in one for one in said)
-    assert any("Waiting for another bin/apply to end" in one for one in said)
 
 
 def test_a_killed_run_leaves_no_pillar_for_long(host):
