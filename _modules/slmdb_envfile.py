@@ -306,9 +306,15 @@ def _key_problem(found: list[Entry], key: str) -> str | None:
     word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(key)}(?![A-Za-z0-9_])")
     for entry in found:
         if entry.key != "#" and word.search(entry.key):
-            why = "behind 'export'" if entry.key.split()[0] == "export" else "in a form"
-            return f"line {entry.line} has {key} {why}, which systemd ignores"
+            return f"line {entry.line} has {key} {_hidden(entry.key)}, which systemd ignores"
     return None
+
+
+def _hidden(name: str) -> str:
+    """Say what makes something else of a name."""
+    if name.startswith("\ufeff"):
+        return "behind a byte order mark"
+    return "behind 'export'" if name.split()[0] == "export" else "in a form"
 
 
 def _ambiguous(data: bytes, keys: list[str]) -> str | None:

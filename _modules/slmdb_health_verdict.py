@@ -244,7 +244,11 @@ def _upkeep(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     for name in secret["url_stale"]:
         yield False, f"{file}: {name} holds another password than the one in force"
     for name in secret.get("url_unclear") or []:
-        yield False, f"{file}: {name} is a URL that cannot be compared with the password in force"
+        yield (
+            False,
+            f"{file}: {name} cannot be read as a URL; white space and a comment behind it are part "
+            "of what the backend gets",
+        )
     if secret["exists"] and secret["missing_keys"]:
         names = ", ".join(secret["missing_keys"])
         yield False, f"{file}: the backend's own keys are missing: {names}"

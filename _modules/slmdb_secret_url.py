@@ -22,6 +22,7 @@ _URL = re.compile(
 )
 _PLACE = re.compile(r"(?P<host>\[[^\]]*\]|[^:,@]*)(?::(?P<port>\d+))?\Z")
 _IN_OPTIONS = re.compile(r"[?&]password=([^&#]*)")
+_WHITESPACE = re.compile(r"\s")
 _POSTGRESQL = re.compile(r"postgres(ql)?(\+\w+)?\Z")
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _PORT = 5432
@@ -192,7 +193,8 @@ def stale(text: str, password: str | None) -> bool:
 
 def unclear(text: str) -> bool:
     """
-    Tell whether a URL may have a password that cannot be found in it.
+    Tell whether a URL cannot be understood: its password is not to be found, or behind its host
+    there is white space.
 
     text
         The URL.
@@ -205,7 +207,10 @@ def unclear(text: str) -> bool:
 
         salt-call slmdb_secret_url.unclear 'postgresql://...'
     """
-    return "://" in text and "@" in text and not _URL.match(text)
+    if "://" not in text or "@" not in text:
+        return False
+    # A comment behind a value is part of it, and the backend would look for that database.
+    return not _URL.match(text) or bool(_WHITESPACE.search(text.rpartition("@")[2]))
 
 
 def apart(want: dict[str, Any], text: str) -> str:

@@ -206,6 +206,8 @@ def test_a_url_that_cannot_be_compared_is_named(host):
     assert secrets.value("DATABASE_URL") == text
     found = host.call("slmdb_secret.facts")
     assert (found["url_stale"], found["url_unclear"]) == ([], ["DATABASE_URL"])
+    secrets.write(f"SLM_DB_PASSWORD=mine\nDATABASE_URL={url('mine')} # ours\n".encode())
+    assert host.call("slmdb_secret.facts")["url_unclear"] == ["DATABASE_URL"]
 
 
 def test_other_keys_are_made_on_request_and_kept(host, minions):

@@ -159,7 +159,7 @@ def test_any_bytes_are_read_or_refused(data):
         (b"SLM_DB_PASSWORD=\n", "empty value in line 1"),
         (b"SLM_DB_PASSWORD=''\n", "empty value"),
         (b"export SLM_DB_PASSWORD=a\n", "behind 'export', which systemd ignores"),
-        (b"\xef\xbb\xbfSLM_DB_PASSWORD=a\n", "which systemd ignores"),
+        (b"\xef\xbb\xbfSLM_DB_PASSWORD=a\n", "behind a byte order mark, which systemd ignores"),
         (b"SLM_DB_PASSWORD\n", "which systemd ignores"),
         (b"SLM_DB_PASSWORD='a\nB=1\n", "value that begins in line 1 has no end"),
         (b'A="b\nSLM_DB_PASSWORD=a\n', "value that begins in line 1 has no end"),

@@ -181,7 +181,7 @@ def test_a_problem(judge, path, value, words):
         ("secret.owner", "backend", "owner is backend"),
         ("secret.missing_keys", ["SLM_SECRET_KEY"], "own keys are missing: SLM_SECRET_KEY"),
         ("secret.url_stale", ["DATABASE_URL"], "DATABASE_URL holds another password"),
-        ("secret.url_unclear", ["DATABASE_URL"], "DATABASE_URL is a URL that cannot be compared"),
+        ("secret.url_unclear", ["DATABASE_URL"], "DATABASE_URL cannot be read as a URL"),
         ("secret.rotation", "interrupted", "was interrupted"),
         ("secret.overdue", True, "is overdue"),
         ("secret.left_behind", "/etc/autobot/db-credentials.env", "still holds another password"),

@@ -119,6 +119,13 @@ def test_what_cannot_be_read_is_unclear(text):
     assert not url.stale(text, "p")
 
 
+@pytest.mark.parametrize("behind", [" # the database", "\tx", " "])
+def test_a_comment_behind_a_url_is_unclear(behind):
+    """The backend would take it for part of the name; in a password white space may be."""
+    assert url.unclear(own("p", "localhost:5432/autobot_slm") + behind)
+    assert not url.unclear(own("p q", "localhost:5432/autobot_slm"))
+
+
 @pytest.mark.parametrize("text", ["", "plain", "postgresql:///autobot_slm?host=/run/postgresql"])
 def test_what_has_no_password_is_not_unclear(text):
     """There is nothing to compare."""
