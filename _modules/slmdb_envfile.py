@@ -28,12 +28,6 @@ _TO_LINE_END = re.compile(r"[^\\\n\r]*")
 _TO_EQUALS_SIGN = re.compile(r"[^=\n\r]*")
 _TO_SINGLE_QUOTE = re.compile(r"[^']*")
 _TO_DOUBLE_QUOTE = re.compile(r'[^"\\]*')
-# NUL, halves of a pair, and the code points that Unicode keeps from being characters.
-_NO_TEXT = re.compile(
-    "[\0\ud800-\udfff\ufdd0-\ufdef"
-    + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
-    + "]"
-)
 
 
 class Entry(NamedTuple):
@@ -221,7 +215,14 @@ def valid_text(text: str) -> bool:
 
         salt-call slmdb_envfile.valid_text 'text'
     """
-    return not _NO_TEXT.search(text)
+    return "\0" not in text and (text.isascii() or all(map(_is_character, text)))
+
+
+def _is_character(one: str) -> bool:
+    """Whether it is neither half of a pair nor a code point that Unicode keeps free for ever."""
+    code = ord(one)
+    kept_free = 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
+    return not (0xD800 <= code <= 0xDFFF or kept_free)
 
 
 def values(data: bytes, comments_continue: bool = False) -> dict[str, str]:

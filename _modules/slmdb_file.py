@@ -73,7 +73,21 @@ def _sync_directory(path: str) -> None:
         os.close(handle)
 
 
-def _owner(identity: int, lookup: Callable) -> str:
+def owners(seen: os.stat_result) -> tuple[str, str]:
+    """
+    Name the user and the group to whom a file belongs.
+
+    For callers in Python.
+
+    seen
+        What ``os.stat`` returned.
+
+    Returns both names; the number of one that this host does not know. Raises nothing.
+    """
+    return _named(seen.st_uid, pwd.getpwuid), _named(seen.st_gid, grp.getgrgid)
+
+
+def _named(identity: int, lookup: Callable) -> str:
     try:
         return lookup(identity)[0]
     except KeyError:
@@ -117,9 +131,10 @@ def differences(
     if present != data:
         changes[path] = {"old": "another content", "new": "the wanted content"}
     found = os.stat(path)
+    present_user, present_group = owners(found)
     facts = {
-        "user": (_owner(found.st_uid, pwd.getpwuid), user),
-        "group": (_owner(found.st_gid, grp.getgrgid), group),
+        "user": (present_user, user),
+        "group": (present_group, group),
         "mode": (f"{stat.S_IMODE(found.st_mode):04o}", f"{int(mode, 8):04o}"),
     }
     for what, (old, new) in facts.items():
@@ -268,12 +283,12 @@ def permits(path: str, user: str, mode: int) -> bool:
         account, seen = pwd.getpwnam(user), os.stat(path)
     except (KeyError, OSError):
         return False
+    owner, group, others = (seen.st_mode >> bits & mode == mode for bits in (6, 3, 0))
     if seen.st_uid == account.pw_uid:
-        bits = seen.st_mode >> 6
-    else:
-        ours = seen.st_gid in os.getgrouplist(user, account.pw_gid)
-        bits = seen.st_mode >> (3 if ours else 0)
-    return bits & mode == mode
+        return owner
+    if group == others:
+        return group  # and nobody, a directory service for instance, is asked for the user's groups
+    return group if seen.st_gid in os.getgrouplist(user, account.pw_gid) else others
 
 
 def stamp(path: str) -> tuple[int, ...] | None:

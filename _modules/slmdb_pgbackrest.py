@@ -341,7 +341,7 @@ def apply() -> None:
 def _another_owner(path: str, owner: str) -> str | None:
     """Whose an empty directory is, such as a disk that was just mounted, if not its owner's."""
     try:
-        before = __salt__["file.get_user"](path)
+        before, _ = __salt__["slmdb_file.owners"](os.stat(path))
         return before if before != owner and set(os.listdir(path)) <= {"lost+found"} else None
     except OSError:
         return None

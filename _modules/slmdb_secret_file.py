@@ -92,9 +92,10 @@ class Store(str):
         """Return the names of the owner and the group, and the mode; empty if there is no file."""
         if self.found is None:
             return {}
+        owner, group = __salt__["slmdb_file.owners"](self.found)
         return {
-            "owner": _name(self.found.st_uid, pwd.getpwuid),
-            "group": _name(self.found.st_gid, grp.getgrgid),
+            "owner": owner,
+            "group": group,
             "mode": f"{stat.S_IMODE(self.found.st_mode):04o}",
         }
 
@@ -200,13 +201,6 @@ def _number(name: str, find: Callable, what: str) -> int:
         raise CommandExecutionError(f"{what} {name} does not exist on this host") from err
 
 
-def _name(number: int, find: object) -> str:
-    try:
-        return find(number)[0]  # type: ignore[operator]
-    except KeyError:
-        return str(number)
-
-
 def _lstat(parent: int, name: str) -> os.stat_result | None:
     try:
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
@@ -286,7 +280,7 @@ def _private(handle: int, path: str, last: bool) -> None:
     """Refuse a directory in which others could put another file in the place of ours."""
     found = os.fstat(handle)
     if found.st_uid not in (0, os.geteuid()):
-        owner = _name(found.st_uid, pwd.getpwuid)
+        owner, _ = __salt__["slmdb_file.owners"](found)
         raise CommandExecutionError(
             f"{path} belongs to {owner}, who could replace the secret file: chown root {path}"
         )

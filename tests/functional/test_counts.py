@@ -52,6 +52,13 @@ class Minion:
         done = subprocess.run([*before, *salt], check=True, capture_output=True, text=True)
         return json.loads(done.stdout)["local"]
 
+    def loaded(self, *words):
+        """Salt's own execution modules that a call loads, by the functions that asked for them."""
+        salt = [SALT_CALL, "-c", self.directory, "--local", "--out=json", "-l", "debug", *words]
+        done = subprocess.run(salt, check=True, capture_output=True, text=True)
+        names = re.findall(r"LazyLoaded ([a-z_]+)\.", done.stderr)
+        return {name for name in names if not name.startswith("slmdb")}
+
     def programs(self, *words):
         """The programs that a call starts, by name."""
         trace = self.directory / "trace"
@@ -90,6 +97,15 @@ def test_a_quiet_run_starts_few_processes(minion):
         started = minion.programs("state.apply", "slm_database", *words)
         ours = [name for name in started if name not in floor]
         assert ours in ([], ["systemctl"])
+
+
+@pytest.mark.once
+def test_a_quiet_run_loads_no_module_of_salts_own(minion):
+    """The one for files has ten thousand lines."""
+    empty = minion.loaded("state.apply", "empty")
+    assert "state" in empty
+    assert minion.loaded("state.apply", "slm_database") <= empty
+    assert minion.loaded("slmdb.health") <= minion.loaded("test.ping")
 
 
 @pytest.mark.once

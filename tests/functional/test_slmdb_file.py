@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +75,23 @@ def test_a_file_that_comes_changes_the_digest(minion, tmp_path):
     assert minion.call("slmdb_file.stamp", str(path)) is None
     path.write_text("")
     assert minion.call("slmdb_file.digest", [str(path)]) != before
+
+
+def _can(user, path, letter):
+    """What the kernel says."""
+    as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+    return subprocess.run([*as_user, "test", f"-{letter}", path], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o707, 0o755, 0o570, 0o077, 0o006])
+@pytest.mark.parametrize("group", ["root", "postgres", "ssl-cert"])
+@pytest.mark.parametrize("owner", ["root", "postgres"])
+def test_what_a_mode_permits_is_what_the_kernel_permits(minion, owner, group, mode):
+    """To the owner, to one of the group, which may be another than the first, and to others."""
+    path = Path("/srv/permitted")
+    path.mkdir(exist_ok=True)
+    shutil.chown(path, owner, group)
+    path.chmod(mode)
+    for letter, wanted in (("r", 4), ("w", 2), ("x", 1)):
+        permitted = minion.call("slmdb_file.permits", str(path), "postgres", wanted)
+        assert permitted == _can("postgres", path, letter), letter
