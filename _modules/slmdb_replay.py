@@ -77,9 +77,8 @@ def start(
     Returns the process. Raises ``CommandExecutionError`` if it cannot be started.
     """
     found = __salt__["slmdb_instance.facts"]()
-    user = found["user"]
-    become = ["--reuid", user, "--regid", user, "--init-groups", "--pdeathsig", "QUIT"]
-    words = [*before, "setpriv", *become, "--", f"{found['bin_directory']}/postgres", "-D", data]
+    line = [f"{found['bin_directory']}/postgres", "-D", data]
+    words = [*before, *__salt__["slmdb_program.command"](*line, end="QUIT")]
     for name, value in settings.items():
         words += ["-c", f"{name}={value}"]
     environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": os.path.dirname(log)}
