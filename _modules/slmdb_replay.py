@@ -59,11 +59,7 @@ def start(
     """
     Start a server on restored files; it dies with whoever started it.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     data
         The data directory.
@@ -100,11 +96,7 @@ def isolated(place: str, sockets: str) -> dict[str, str]:
     """
     Write what a server on restored files needs beside them, so that it touches nothing else.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     place
         A directory of the server's user, for its configuration and its log.
@@ -138,11 +130,7 @@ def run(data: str) -> None:
     """
     Let a server replay what restored files shall have, and end it.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     data
         The data directory; pgBackRest wrote the target into it.
