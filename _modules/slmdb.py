@@ -18,7 +18,6 @@ SENSITIVE = re.compile(
     r"passw(?!ord_encryption)|passphrase|conninfo|secret|token|credential", re.IGNORECASE
 )
 HIDDEN = "**********"
-SECONDS = (0.1, 3600)  # that an operator may wait
 
 TABLES = """
 SELECT n.nspname AS schema, c.relname AS name, pg_get_userbyid(c.relowner) AS owner,
@@ -54,7 +53,7 @@ def health(timeout: float | None = None) -> dict[str, Any]:
     ``SaltInvocationError`` for a timeout that is none.
     """
     if timeout is not None:
-        __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, *SECONDS)
+        __salt__["slmdb_kinds.refuse"]("timeout", "wait", timeout)
     answer = __salt__["slmdb_health.report"](timeout)
     if not answer["healthy"]:
         __context__["retcode"] = 1
@@ -77,7 +76,7 @@ def pg_isready(timeout: int = 1) -> dict[str, Any]:
     Returns ``retcode`` and ``line`` as ``pg_isready`` gives them, and has that return code. Raises
     ``SaltInvocationError`` for a timeout that is none.
     """
-    __salt__["slmdb_kinds.refuse"]("timeout", "integer", timeout, 1, SECONDS[1])
+    __salt__["slmdb_kinds.refuse"]("timeout", "integer", timeout, 1, 3600)
     try:
         answer = __salt__["slmdb_health.ready"](timeout)
     except CommandExecutionError as err:
@@ -104,7 +103,7 @@ def revision(timeout: float = 30) -> dict[str, Any]:
     ``tracked_by`` (the tables that track), ``current``, ``heads``, ``waiting`` and more. Raises
     nothing but what wrong settings raise, and ``SaltInvocationError`` for a timeout that is none.
     """
-    __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, *SECONDS)
+    __salt__["slmdb_kinds.refuse"]("timeout", "wait", timeout)
     return __salt__["slmdb_migration.revision"](timeout)
 
 

@@ -164,7 +164,7 @@ def info(timeout: float | None = None) -> dict[str, Any]:
     timeout that is none, ``CommandExecutionError`` if the first cannot be read.
     """
     if timeout is not None:
-        __salt__["slmdb_kinds.refuse"]("timeout", "amount", timeout, 0.1, 3600)
+        __salt__["slmdb_kinds.refuse"]("timeout", "wait", timeout)
     _enabled()
     first, *more = __salt__["slmdb_backup_repository.described"]()
     others = []

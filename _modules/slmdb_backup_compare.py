@@ -134,11 +134,7 @@ def problems(
     """
     Compare a copy with its source, and read every table of it.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_backup_compare.source
+    For callers in Python.
 
     before
         What ``source`` returned.
@@ -285,11 +281,7 @@ def check(**where: Any) -> list[str]:
     """
     Let pg_amcheck look at every table and index of the copy.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_backup_compare.source
+    For callers in Python.
 
     where
         How libpq reaches the copy; its extension is installed there.

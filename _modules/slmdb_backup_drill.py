@@ -186,7 +186,7 @@ def run(repository: int | None = None) -> dict[str, Any]:
 
     .. code-block:: bash
 
-        salt-call slmdb_backup.drill
+        salt-call slmdb_backup_drill.run
 
     repository
         Its number; ``None``: of those that have a backup the one whose last drill is the longest

@@ -132,11 +132,7 @@ def words(chosen: dict[str, Any], archived: dict[str, str] | None) -> str | None
     """
     Say what a restore to the end of the archived WAL will lack.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     chosen
         As ``slmdb_restore.plan`` returns it.
@@ -159,11 +155,7 @@ def short(chosen: dict[str, Any], archived: dict[str, str] | None, **where: Any)
     """
     Say that a server on restored files did not reach the end of the archived WAL.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     chosen, archived
         As for ``words``.
@@ -186,11 +178,7 @@ def damaged(chosen: dict[str, Any]) -> str | None:
     """
     Name the first segment of archived WAL that is missing, or cannot be read as it was written.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     chosen
         As for ``words``; with a target nothing is read, because the target is missed then.

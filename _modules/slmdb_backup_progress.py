@@ -22,7 +22,6 @@ __virtualname__ = "slmdb_backup_progress"
 
 log = logging.getLogger(__name__)
 
-TAG = "slmdb/backup/progress"
 STEP = 10.0  # per cent, and seconds, between two lines
 _PERCENT = re.compile(r" DETAIL: .*, (\d+(?:\.\d+)?)%\)")
 
@@ -52,10 +51,8 @@ def tell(verb: str, repository: int, state: str, **said: Any) -> None:
     """
     words = ", ".join(f"{key} {value}" for key, value in said.items())
     log.info("slmdb %s, repository %s: %s%s", verb, repository, state, f": {words}" if said else "")
-    if __opts__.get("file_client") == "local" and not __opts__.get("use_master_when_local"):
-        return
     data = {"verb": verb, "repository": repository, "state": state, **said}
-    __salt__["event.send"](TAG, data)
+    __salt__["slmdb_event.send"]("backup/progress", data)
 
 
 class _Pace:

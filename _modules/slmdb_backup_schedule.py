@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from salt.exceptions import CommandExecutionError
 from salt.loader.dunder import __opts__
 
 __virtualname__ = "slmdb_backup_schedule"
@@ -236,7 +235,7 @@ def apply() -> None:
         else:
             __salt__["slmdb_file.write"](path, data)
     if systemd:
-        _systemctl("daemon-reload")
+        __salt__["slmdb_unit.reload_units"]()
         for path, data in timers.items():
             if data:
                 _systemctl("enable", os.path.basename(path))
@@ -244,9 +243,7 @@ def apply() -> None:
 
 
 def _systemctl(*words: str) -> None:
-    answer = __salt__["cmd.run_all"](["systemctl", *words], python_shell=False)
-    if answer["retcode"]:
-        raise CommandExecutionError(f"systemctl {' '.join(words)}: {answer['stderr'].strip()}")
+    __salt__["slmdb_program.run"]("systemctl", *words)
 
 
 def leftovers() -> dict[str, Any]:
@@ -286,4 +283,4 @@ def remove() -> None:
             _systemctl("disable", "--now", os.path.basename(path))
         __salt__["slmdb_file.remove"](path)
     if systemd:
-        _systemctl("daemon-reload")
+        __salt__["slmdb_unit.reload_units"]()

@@ -172,11 +172,7 @@ def make(directory: str, chosen: dict[str, Any]) -> None:
     """
     Restore a backup's files into the directory.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_backup_scratch.place
+    For callers in Python.
 
     directory
         It does not exist yet.
@@ -224,11 +220,7 @@ def start(directory: str, chosen: dict[str, Any], preload: str) -> subprocess.Po
     """
     Start the server of the throw-away instance; it dies with whoever started it.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_backup_scratch.place
+    For callers in Python.
 
     directory
         The directory, with restored files in it.
@@ -262,11 +254,7 @@ def wait(directory: str, server: subprocess.Popen) -> None:
     """
     Wait until the throw-away server has replayed all WAL there is, and takes a write.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_backup_scratch.place
+    For callers in Python.
 
     directory
         Its directory.

@@ -5,6 +5,7 @@ What long work tells while it goes on: a line in the log, and an event where the
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from salt.loader.dunder import __opts__
 
@@ -38,7 +39,26 @@ def tell(noun: str, step: str, state: str, said: str = "") -> None:
     """
     # Whoever waits wants to see it, so it has a level that is shown by default.
     log.warning("slmdb %s: %s: %s%s", noun, step, state, f": {said}" if said else "")
-    if __opts__.get("file_client") == "local" and not __opts__.get("use_master_when_local"):
-        return
     data = {"step": step, "state": state, "comment": said}
-    __salt__["event.send"](f"slmdb/{noun}/{step.replace(' ', '_')}/{state}", data)
+    send(f"{noun}/{step.replace(' ', '_')}/{state}", data)
+
+
+def send(tag: str, data: dict[str, Any]) -> None:
+    """
+    Send an event, where there is a master.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_event.send backup/progress '{"percent": 40}'
+
+    tag
+        Its tag, without the ``slmdb/`` before it.
+    data
+        What it tells.
+
+    Returns nothing, raises nothing.
+    """
+    if __opts__.get("file_client") != "local" or __opts__.get("use_master_when_local"):
+        __salt__["event.send"](f"slmdb/{tag}", data)

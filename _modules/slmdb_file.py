@@ -223,11 +223,7 @@ def alone(path: str, what: str, patience: float = 0) -> Iterator[TextIO]:
     """
     Hold a lock file: one at a time, whoever calls; who is killed lets go of it.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_file.stamp /var/lib/autobot-slm-database/maintenance.lock
+    For callers in Python.
 
     path
         Absolute path of the file; it is made, and stays.

@@ -593,8 +593,8 @@ def apply() -> None:
 
         salt-call slmdb_instance.apply
 
-    Returns nothing. Raises ``CommandExecutionError`` with the last line of ``pg_createcluster`` if
-    it fails; what it left is removed.
+    Returns nothing. Raises ``CommandExecutionError`` with the first error of ``pg_createcluster``
+    if it fails; what it left is removed.
     """
     found = facts()
     get = __salt__["slmdb_pillar.get"]
@@ -605,19 +605,11 @@ def apply() -> None:
         command.append("--data-checksums")
     elif int(found["version"]) >= 18:  # where initdb makes them unless it is told not to
         command.append("--no-data-checksums")
-    answer = __salt__["cmd.run_all"](command, python_shell=False, env={"LC_ALL": "C.UTF-8"})
-    if answer["retcode"]:
-        # pg_createcluster cleans up after a failed initdb itself; what a kill leaves is refused
-        # by differences(), which names the way out.
-        raise CommandExecutionError(f"pg_createcluster: {_why(answer)}")
+    # pg_createcluster cleans up after a failed initdb itself; what a kill leaves is refused by
+    # differences(), which names the way out.
+    __salt__["slmdb_program.run"](*command)
     # Somebody wants an empty one: a recovery that was begun earlier must not overwrite it.
     __salt__["slmdb_recovery.unmark"]()
-
-
-def _why(answer: dict) -> str:
-    """The line of a failed command's output that names the error, else the last one."""
-    lines = (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
-    return next((line for line in lines if "error:" in line.lower()), lines[-1])
 
 
 def report(present: dict[str, dict[str, Any]] | None = None) -> list[str]:
@@ -717,7 +709,7 @@ def remove() -> None:
 
         salt-call slmdb_instance.remove
 
-    Returns nothing. Raises ``CommandExecutionError`` with the last line of ``pg_dropcluster``.
+    Returns nothing. Raises ``CommandExecutionError`` with the first error of ``pg_dropcluster``.
     """
     if not leftovers():
         return
@@ -725,8 +717,4 @@ def remove() -> None:
     __salt__["slmdb_server.forget"]()
     if found["systemd"]:
         __salt__["cmd.run_all"](["systemctl", "stop", UNIT], python_shell=False)
-    answer = __salt__["cmd.run_all"](
-        ["pg_dropcluster", "--stop", found["version"], NAME], python_shell=False
-    )
-    if answer["retcode"]:
-        raise CommandExecutionError(f"pg_dropcluster: {_why(answer)}")
+    __salt__["slmdb_program.run"]("pg_dropcluster", "--stop", found["version"], NAME)

@@ -367,6 +367,9 @@ _KINDS: dict[str, _Kind] = {
     "user": _Kind(
         "an account of the system", "as in /etc/passwd", _matches(r"[a-z_][a-z0-9_.-]{0,30}\$?")
     ),
+    "wait": _Kind(
+        "in range", "a number from 0.1 to 3600", lambda value: _is_amount(value, 0.1, 3600)
+    ),
     "window": _Kind(
         "a window",
         'such as "Sun 02:00-04:00", "Mon,Wed 23:00-01:00" or "daily 00:00-24:00"',
@@ -452,7 +455,7 @@ def refuse(argument: str, kind: str, value: Any, *arguments: Any) -> None:
 
     .. code-block:: bash
 
-        salt-call slmdb_kinds.refuse timeout amount 0 0.1 3600
+        salt-call slmdb_kinds.refuse timeout wait 0
 
     argument
         Its name.

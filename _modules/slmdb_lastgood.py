@@ -176,8 +176,6 @@ def _attempt(verb: str) -> None:
 
 def _placed(words: str) -> str:
     """A server's last words, with the place of what somebody else wrote, if that is the reason."""
-    if "contains errors" in words:  # which were said before it
-        words = "; ".join(_objections()) or words
     place = __salt__["slmdb_config.culprit"](words)
     found = __salt__["slmdb_instance.facts"]()
     auto = f"{found['data_directory']}/postgresql.auto.conf"

@@ -207,12 +207,7 @@ def apply() -> None:
 
 def _install(missing: list[str]) -> None:
     """Install by apt, after an earlier run that was killed in the middle of dpkg as well."""
-    if os.listdir(UPDATES) or _half_done():
-        __salt__["cmd.run_all"](
-            ["dpkg", "--configure", "-a", "--force-confold"],
-            python_shell=False,
-            env={"DEBIAN_FRONTEND": "noninteractive"},
-        )
+    if __salt__["slmdb_update.complete"]():
         # What is complete now is installed, and to be asked for again might update it.
         missing = _missing()
         if not missing:
@@ -234,11 +229,6 @@ def _of_our_major(name: str) -> str | dict[str, str]:
     if name != __salt__["slmdb_pillar.get"]("distribution", "contrib"):
         return name
     return {name: __salt__["slmdb_update.keeping"](name)}
-
-
-def _half_done() -> bool:
-    answer = __salt__["cmd.run_all"](["dpkg", "--audit"], python_shell=False)
-    return bool(answer["stdout"].strip())
 
 
 def no_cluster() -> tuple[str, bytes]:

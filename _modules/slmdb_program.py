@@ -24,7 +24,7 @@ def __virtual__() -> str:
     return __virtualname__
 
 
-def command(*words: str) -> list[str]:
+def command(*words: str, end: str = "TERM") -> list[str]:
     """
     Return a command line that runs as the server's user and ends with us.
 
@@ -36,9 +36,13 @@ def command(*words: str) -> list[str]:
 
     words
         The program and its arguments.
+    end
+        The signal by which it ends.
+
+    Returns words. Raises ``CommandExecutionError`` if the instance's facts cannot be told.
     """
     user = __salt__["slmdb_instance.facts"]()["user"]
-    become = ["--reuid", user, "--regid", user, "--init-groups", "--pdeathsig", "TERM"]
+    become = ["--reuid", user, "--regid", user, "--init-groups", "--pdeathsig", end]
     return ["setpriv", *become, "--", *words]
 
 

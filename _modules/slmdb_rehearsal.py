@@ -139,12 +139,6 @@ def _scratch(found: dict[str, Any], conf: str) -> Iterator[str]:
         os.close(parent)
 
 
-def _command(found: dict[str, Any], *words: str) -> list[str]:
-    """Return a command that runs as the server's user and dies with us."""
-    user = ["--reuid", found["user"], "--regid", found["user"], "--init-groups"]
-    return ["setpriv", *user, "--pdeathsig", "QUIT", *words]
-
-
 def _environment() -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C", "HOME": DIRECTORY}
 
@@ -152,8 +146,9 @@ def _environment() -> dict[str, str]:
 def _initialise(found: dict[str, Any]) -> None:
     program = f"{found['bin_directory']}/initdb"
     options = ["--no-sync", "--no-instructions", "--auth=trust", "--encoding=UTF8", "--locale=C"]
+    words = [program, "-D", f"{DIRECTORY}/data", "-U", found["user"], *options]
     answer = subprocess.run(
-        _command(found, program, "-D", f"{DIRECTORY}/data", "-U", found["user"], *options),
+        __salt__["slmdb_program.command"](*words, end="QUIT"),
         cwd=DIRECTORY,
         env=_environment(),
         stdin=subprocess.DEVNULL,
@@ -212,9 +207,10 @@ def _rehearse(
     found: dict[str, Any], directory: str, hba: str | None, ident: str | None
 ) -> dict[str, Any]:
     answer: dict[str, Any] = {"objections": [], "settings": {}, "rules": [], "maps": []}
+    program = f"{found['bin_directory']}/postgres"
     with open(f"{directory}/log", "w+b") as log:
         server = subprocess.Popen(
-            [*_command(found, f"{found['bin_directory']}/postgres"), *_options(found)],
+            __salt__["slmdb_program.command"](program, *_options(found), end="QUIT"),
             cwd=directory,
             env=_environment(),
             stdin=subprocess.DEVNULL,

@@ -59,11 +59,7 @@ def start(
     """
     Start a server on restored files; it dies with whoever started it.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     data
         The data directory.
@@ -77,9 +73,8 @@ def start(
     Returns the process. Raises ``CommandExecutionError`` if it cannot be started.
     """
     found = __salt__["slmdb_instance.facts"]()
-    user = found["user"]
-    become = ["--reuid", user, "--regid", user, "--init-groups", "--pdeathsig", "QUIT"]
-    words = [*before, "setpriv", *become, "--", f"{found['bin_directory']}/postgres", "-D", data]
+    line = [f"{found['bin_directory']}/postgres", "-D", data]
+    words = [*before, *__salt__["slmdb_program.command"](*line, end="QUIT")]
     for name, value in settings.items():
         words += ["-c", f"{name}={value}"]
     environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": os.path.dirname(log)}
@@ -101,11 +96,7 @@ def isolated(place: str, sockets: str) -> dict[str, str]:
     """
     Write what a server on restored files needs beside them, so that it touches nothing else.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     place
         A directory of the server's user, for its configuration and its log.
@@ -139,11 +130,7 @@ def run(data: str) -> None:
     """
     Let a server replay what restored files shall have, and end it.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     data
         The data directory; pgBackRest wrote the target into it.

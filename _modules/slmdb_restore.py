@@ -251,11 +251,7 @@ def files(
     """
     Restore the files into a directory that is made; nothing is left of it if that fails.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     directory
         Where; it does not exist yet.
@@ -503,11 +499,7 @@ def until_recovered(log: str, alive: Callable[[], bool], **where: Any) -> None:
     """
     Wait until a server has replayed what it shall; there is no limit while it is alive.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     log
         The server's log, for its last words.

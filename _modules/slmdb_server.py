@@ -232,11 +232,7 @@ def ask(connection: Any, statement: Any, parameters: Sequence | None = None) -> 
     """
     Ask a server over a connection of one's own.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_server.query "SELECT version()"
+    For callers in Python.
 
     connection
         What ``connect`` returned, for callers in Python.

@@ -143,11 +143,7 @@ def leading(
     """
     Return the backups whose restore can get to a timeline.
 
-    CLI Example:
-
-    .. code-block:: bash
-
-        salt-call slmdb_restore.plan
+    For callers in Python.
 
     rows
         Backups, as ``slmdb_backup.list`` has them.

@@ -147,10 +147,7 @@ def reload_units() -> None:
 
     Returns nothing. Raises ``CommandExecutionError`` if systemd refuses.
     """
-    answer = __salt__["cmd.run_all"](["systemctl", "daemon-reload"], python_shell=False)
-    if answer["retcode"]:
-        lines = answer["stderr"].strip().splitlines() or [f"exit status {answer['retcode']}"]
-        raise CommandExecutionError(f"systemctl daemon-reload: {lines[0]}")
+    __salt__["slmdb_program.run"]("systemctl", "daemon-reload")
 
 
 def leftovers() -> dict:

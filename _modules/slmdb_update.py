@@ -265,12 +265,22 @@ def _half_done() -> bool:
     return bool(glob.glob(JOURNAL) or _run(["dpkg", "--audit"])["stdout"].strip())
 
 
-def _complete() -> None:
-    """Complete what was interrupted; what dpkg alone cannot, apt may."""
-    if _half_done():
+def complete() -> bool:
+    """
+    Let dpkg complete what an interruption left half-done.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_update.complete
+
+    Returns whether there was anything; dpkg may have failed. Raises nothing.
+    """
+    there = _half_done()
+    if there:
         _run(["dpkg", "--configure", "-a", "--force-confold"])
-    if _half_done():
-        _apt("--fix-broken", "install")
+    return there
 
 
 def _install(wanted: list[str]) -> None:
@@ -305,7 +315,8 @@ def apply(rows: list[dict[str, Any]]) -> None:
     wanted = [f"{row['package']}={row['candidate']}" for row in rows]
     if not wanted:
         return
-    _complete()
+    if complete() and _half_done():  # what dpkg alone cannot, apt may
+        _apt("--fix-broken", "install")
     _refuse_majors(wanted)
     _apt("--download-only", "install", *wanted)
     _install(wanted)

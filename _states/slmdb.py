@@ -1,9 +1,11 @@
 """
-The one way in which a state of this formula makes something true, and the one in which it asks.
+The one way in which a state of this formula makes something true, the one in which it asks, and the
+one in which an error becomes its comment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from salt.exceptions import CommandExecutionError, SaltInvocationError
@@ -61,6 +63,25 @@ def again(noun: str, function: str, name: str, told: dict[str, Any]) -> dict:
     return __states__[f"{noun}.{function}"](name, **own)
 
 
+def attempt(name: str, work: Callable[..., dict], *told: Any) -> dict:
+    """
+    Do a state's work; an error that is to be expected becomes a failed result with its one line.
+
+    name
+        The state's name.
+    work
+        What is done.
+    told
+        Its arguments.
+
+    Returns what it returns, a state's result dictionary.
+    """
+    try:
+        return work(*told)
+    except EXPECTED as err:
+        return _answer(name, False, _line(err))
+
+
 def converge(
     name: str,
     noun: str,
@@ -88,21 +109,23 @@ def converge(
 
     Returns a state's result dictionary. An error becomes a failed result with its one line.
     """
-    wanted = wanted or {}
+    return attempt(name, _converge, name, noun, wanted or {}, server, verbs, why)
+
+
+def _converge(
+    name: str, noun: str, wanted: dict[str, Any], server: bool, verbs: tuple[str, str], why: str
+) -> dict:
     compare, write = (f"{noun}.{verb}" for verb in verbs)
-    try:
-        if server and __opts__["test"] and not __salt__["slmdb_server.available"]():
-            return _unknown(name)
-        changes = __salt__[compare](**wanted)
-        if not changes:
-            said = __salt__[why]() if why else None
-            return _answer(name, True, said or "Already as it should be.")
-        if __opts__["test"]:
-            return _answer(name, None, "Would be changed.", changes)
-        __salt__[write](**wanted)
-        left = __salt__[compare](**wanted)
-    except EXPECTED as err:
-        return _answer(name, False, _line(err))
+    if server and __opts__["test"] and not __salt__["slmdb_server.available"]():
+        return _unknown(name)
+    changes = __salt__[compare](**wanted)
+    if not changes:
+        said = __salt__[why]() if why else None
+        return _answer(name, True, said or "Already as it should be.")
+    if __opts__["test"]:
+        return _answer(name, None, "Would be changed.", changes)
+    __salt__[write](**wanted)
+    left = __salt__[compare](**wanted)
     if left:
         return _answer(name, False, f"Did not converge: {', '.join(sorted(left))}.", changes)
     return _answer(name, True, "Changed.", changes)
@@ -121,9 +144,10 @@ def ask(name: str, function: str, right: str) -> dict:
 
     Returns a state's result dictionary: failed, with these lines or an error's one line, or true.
     """
-    try:
-        wrong = __salt__[function]() or []
-    except EXPECTED as err:
-        wrong = _line(err)
+    return attempt(name, _ask, name, function, right)
+
+
+def _ask(name: str, function: str, right: str) -> dict:
+    wrong = __salt__[function]() or []
     lines = [wrong] if isinstance(wrong, str) else wrong
     return _answer(name, not lines, "\n".join(lines) or right)

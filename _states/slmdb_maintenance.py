@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from salt.exceptions import CommandExecutionError, SaltInvocationError
-
 __virtualname__ = "slmdb_maintenance"
 
 
@@ -27,11 +25,7 @@ def done(name: str, long_transaction: int = 60) -> dict:
     Outside a window and without an approval nothing is changed, with ``test=True`` too; the state
     fails if anything is parked then, and says when the next window is.
     """
-    try:
-        result = _done(long_transaction)
-    except (CommandExecutionError, SaltInvocationError, OSError) as err:
-        result = {"result": False, "changes": {}, "comment": str(err)}
-    return {"name": name, **result}
+    return {"name": name, **__states__["slmdb.attempt"](name, _done, long_transaction)}
 
 
 def _done(long_transaction: int) -> dict:

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from salt.exceptions import CommandExecutionError
-
 __virtualname__ = "slmdb_service"
 
 
@@ -48,8 +46,9 @@ def mod_watch(name: str, sfun: str, **told: Any) -> dict:
     answer["changes"] = {"configuration": {"old": "read", "new": "read again"}}
     if __opts__["test"]:
         return {**answer, "result": None, "comment": "Would be reloaded."}
-    try:
-        __salt__["slmdb_service.reload"]()
-    except CommandExecutionError as err:
-        return {**answer, "result": False, "comment": str(err), "changes": {}}
+    return __states__["slmdb.attempt"](name, _reload, answer)
+
+
+def _reload(answer: dict) -> dict:
+    __salt__["slmdb_service.reload"]()
     return {**answer, "comment": "Reloaded."}

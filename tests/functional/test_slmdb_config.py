@@ -367,14 +367,18 @@ def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "words", "place"),
     [
-        ("shared_buffers = 12ZB", 'invalid value for parameter "shared_buffers": "12ZB"'),
-        ("shared_buffers = ", "invalid line"),
-        ("nosuch = 1", 'unrecognized configuration parameter "nosuch"'),
+        (
+            "shared_buffers = 12ZB",
+            'invalid value for parameter "shared_buffers": "12ZB"',
+            "take it out of {}, line {}",
+        ),
+        ("shared_buffers = ", "invalid line", "line {1} in {0}"),
+        ("nosuch = 1", 'unrecognized configuration parameter "nosuch"', 'in file "{}" line {}'),
     ],
 )
-def test_what_a_hand_in_the_main_file_keeps_from_starting_is_named(settled, line, words):
+def test_what_a_hand_in_the_main_file_keeps_from_starting_is_named(settled, line, words, place):
     """What is wrong, and in which line: not only that the file contains errors."""
     settled.call("slmdb_service.stop")
     main = CONF.parents[1] / "postgresql.conf"
@@ -383,7 +387,7 @@ def test_what_a_hand_in_the_main_file_keeps_from_starting_is_named(settled, line
     number = len(before.splitlines()) + 1
     failed = settled.state("slmdb_service.running")
     assert failed.result is False and words in failed.comment
-    assert f"{main.name}, line {number}" in failed.comment or f"line {number} in" in failed.comment
+    assert place.format(main, number) in failed.comment
     main.write_text(before)
     assert settled.state("slmdb_service.running").result is True
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import pytest
 import salt.loader
 import yaml
 from salt.loader.context import NamedLoaderContext
@@ -39,10 +42,23 @@ def test_spm_builds_the_package(tmp_path):
         assert wanted in names
 
 
-def test_no_module_is_given_a_copy_of_the_options(tmp_path):
-    """Salt would make one for each, which takes longer than all else that it does to load it."""
+@pytest.fixture
+def loader(tmp_path):
+    """Our execution modules, as Salt loads them."""
     opts = {"extension_modules": str(tmp_path), "optimization_order": [0], "grains": {}}
-    loader = salt.loader.LazyLoader([str(CHECKOUT / "_modules")], opts, tag="module")
+    return salt.loader.LazyLoader([str(CHECKOUT / "_modules")], opts, tag="module")
+
+
+def test_the_example_of_a_function_shows_that_function(loader):
+    """Or says that nobody types it."""
+    for name in loader:
+        said = inspect.getdoc(loader._dict[name])
+        shown = re.findall(r"^ {4}salt.*? (slmdb\w*\.\w+)", said, re.MULTILINE)
+        assert set(shown) == {name} or (not shown and "For callers in Python" in said), name
+
+
+def test_no_module_is_given_a_copy_of_the_options(loader):
+    """Salt would make one for each, which takes longer than all else that it does to load it."""
     for path in (CHECKOUT / "_modules").glob("*.py"):
         functions = [name for name in loader if name.startswith(f"{path.stem}.")]
         assert functions, path.stem
