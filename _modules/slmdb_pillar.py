@@ -181,6 +181,7 @@ def record() -> str:
 def begin_run() -> None:
     """
     Say that a state run has begun: from here on pillar alone decides, not the last one's record.
+    A master's minion is asked to take the pillar of this run into its memory, for later reports.
 
     CLI Example:
 
@@ -195,6 +196,13 @@ def begin_run() -> None:
     for known in ("slmdb_settings", "slmdb_major", "slmdb_given_up"):
         __context__.pop(known, None)
     __salt__["slmdb_sync.remember"]()
+    if _in_a_minion() and not __opts__.get("test"):
+        __salt__["saltutil.refresh_pillar"]()
+
+
+def _in_a_minion() -> bool:
+    """Whether this is a job of a minion that stays: ``salt-call`` fetches the pillar each time."""
+    return __opts__.get("file_client") != "local" and __opts__.get("__cli") != "salt-call"
 
 
 def settings() -> dict:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import OLD_SALT
+from tests.integration.conftest import OLD_SALT, PATIENT
 from tests.support.salt_daemons import BIN, Answer, run
 
 
@@ -92,3 +94,26 @@ def test_a_mistake_in_the_masters_pillar_touches_nothing(site):
     assert "slm_database:port" in comments
     assert "slm_database:hbaa" in comments
     assert not Path("/etc/autobot").exists()
+
+
+def test_a_report_after_a_run_judges_by_the_pillar_of_that_run(site):
+    """A minion keeps a pillar in memory, and a run gets the newer one; nobody has to refresh it."""
+    master = site.master("slm.19")
+
+    def write(settings):
+        pillar = {"slm_database": {**PATIENT["slm_database"], **settings}}
+        (master.directory / "pillar" / "settings.sls").write_text(json.dumps(pillar))
+
+    def work_mem():
+        return master.salt("*.19", "slmdb_pillar.get", "settings", "work_mem").of("slm.19")
+
+    succeeded(master.salt("*.19", "state.apply", "slm_database"), "slm.19")
+    write({"settings": {"work_mem": "5MB"}})
+    master.salt("*.19", "state.apply", "slm_database", "test=True")
+    succeeded(master.salt("*.19", "state.apply", "slm_database"), "slm.19")
+    limit = time.monotonic() + 90
+    while work_mem() != "5MB" and time.monotonic() < limit:
+        time.sleep(1)
+    assert work_mem() == "5MB"
+    report = master.salt("*.19", "slmdb.health", "timeout=30").of("slm.19")
+    assert report["healthy"], report["problems"]
