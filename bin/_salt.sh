@@ -153,12 +153,16 @@ write_config() {
   if [ -e /etc/salt/grains ]; then ln -sfn /etc/salt/grains "$CONFIG/grains"; else rm -f "$CONFIG/grains"; fi
 }
 
-# Replaces a file with what comes in, if it differs; two runs at once must not see half a file.
+# Replaces a file with what comes in, if it differs: a report comes on a full disk as well. Two runs
+# at once must not see half a file.
 replace() {
-  local new
-  new=$(mktemp "$1.XXXXXX")
-  cat >"$new"
-  if cmp -s "$new" "$1"; then rm -f "$new"; else mv -f "$new" "$1"; fi
+  local text new=''
+  text=$(cat)
+  if [ -e "$1" ] && cmp -s "$1" <<<"$text"; then return; fi
+  if ! { new=$(mktemp "$1.XXXXXX") && cat >"$new" <<<"$text" && mv -f "$new" "$1"; }; then
+    rm -f "$new"
+    die "$1 cannot be written: see above"
+  fi
 }
 
 # Prints the value of the last --file-root in the arguments.

@@ -83,6 +83,29 @@ def test_two_at_the_same_time(host):
     assert all("    This fails" in one and "Succeeded: 1" in one for one in said)
 
 
+def test_a_full_disk_keeps_nobody_from_asking(host):
+    """What is written already is not written again; what cannot be written is named."""
+    full = "/var/lib/autobot-slm-database"
+    salt_call(host, "test.ping")
+    host.run(
+        f"cp -a {full} /root/kept; mount -t tmpfs -o size=64k tmpfs {full}; cp -a /root/kept/. {full}"
+    )
+    try:
+        host.run(f"cat /dev/zero >{full}/zeros", check=False)
+        before = host.run(f"find {full}").stdout
+        assert salt_call(host, "test.ping") is True
+        assert host.run(f"find {full}").stdout == before
+        host.run(
+            f"rm {full}/salt/minion; truncate -s -1K {full}/zeros; cat /dev/zero >>{full}/zeros",
+            check=False,
+        )
+        answer = host.run(f"{FORMULA}/bin/salt-call test.ping", check=False)
+        assert answer.returncode != 0
+        assert f"{full}/salt/minion cannot be written" in answer.stderr
+    finally:
+        host.run(f"umount {full}")
+
+
 def test_a_killed_run_leaves_no_pillar_for_long(host):
     """A pillar may hold secrets: it is in memory only, and the next run takes it away."""
     command = f"{FORMULA}/bin/apply --file-root=/srv/other"
