@@ -249,9 +249,11 @@ def _tell(step: str, state: str, said: str = "") -> None:
 
 
 def _bring_up() -> str:
-    """After a failure the database is up, whatever it takes."""
+    """After a failure the database is up, whatever it takes; what runs serves the application."""
     if __salt__["slmdb_server.available"]():
         return "the server is up"
+    if __salt__["slmdb_instance.facts"]()["running"]:
+        return "the server runs and was left alone, though it does not let the formula in"
     try:
         __salt__["slmdb_lastgood.start"]()
     except CommandExecutionError as err:

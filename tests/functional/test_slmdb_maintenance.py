@@ -222,6 +222,46 @@ def test_a_restart_that_would_fail_is_not_tried(parked):
     assert started(parked) == before
 
 
+class _OnFirst(logging.Handler):
+    """Does something at once when a line is logged."""
+
+    def __init__(self, line, action):
+        super().__init__()
+        self.line, self.action = line, action
+
+    def emit(self, record):
+        if self.action and self.line in record.getMessage():
+            action, self.action = self.action, None
+            action()
+
+
+def test_a_server_that_only_refuses_the_formula_is_not_restarted(parked):
+    """It serves the application, and nobody knows whether it would come back."""
+    parked.tell(APPROVED)
+    before, connection = started(parked), parked.call("slmdb_server.connect")
+    connection.autocommit = True
+    ask = connection.cursor().execute
+
+    def shut_out():
+        ask("ALTER ROLE postgres NOLOGIN")
+        ask(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+
+    handler = _OnFirst("maintenance: health before: begun", shut_out)
+    logging.getLogger().addHandler(handler)
+    try:
+        failed = parked.state("slmdb_maintenance.done")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        ask("ALTER ROLE postgres LOGIN")
+    assert failed.result is False and "the server runs and was left alone" in failed.comment
+    assert handler.action is None and started(parked) == before
+    assert connections(parked) == "100"
+    assert parked.state("slmdb_maintenance.done").result is True
+
+
 def test_migrations_come_after_the_restart(parked, venv):
     """A backend was deployed: its tables, its migrations and the restart are one maintenance."""
     parked.tell(APPROVED)
