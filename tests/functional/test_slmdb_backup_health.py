@@ -345,6 +345,6 @@ def test_a_lost_instance_is_not_answered_with_an_empty_one(host, lost):
     result = host.state("slmdb_instance.present")
     assert result.result is False and words[lost] in result.comment
     assert "pg_dropcluster" not in result.comment
-    (line,) = [line for line in host.call("slmdb.health")["problems"] if words[lost] in line]
+    (line,) = [line for line in ask(host)["problems"] if words[lost] in line]
     assert line in result.comment
     assert not list(configuration.glob("main/*.conf")) or lost == "data"

@@ -353,7 +353,7 @@ def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
     assert failed.result is False and words in failed.comment
     way_out = f"; ALTER SYSTEM wrote that: take it out of {place}, and start again"
     assert failed.comment.endswith(way_out)
-    answer = settled.call("slmdb.health")
+    answer = settled.call("slmdb.health", timeout=15)
     said = " | ".join(answer["problems"] + answer["warnings"])
     if line != "nonsense":
         name = line.partition(" ")[0]
