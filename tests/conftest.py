@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+from salt._logging.impl import shutdown_temp_handler
 
 LINES, WIDTH = 12, 300  # of what the summary says about a failure
+# The same examples everywhere, and no deadline: the machine decides nothing.
+hypothesis.settings.load_profile("ci")
 
 
 def _refuse_skip(report):
@@ -56,3 +60,5 @@ def pytest_make_collect_report(collector):
 def pytest_collection_finish(session):
     """Leave the checkout: servers run as users who may not enter it."""
     os.chdir("/")
+    # Salt keeps what is logged for the end of the process, when pytest has closed that stream.
+    shutdown_temp_handler()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import world as worlds
+from tests.support.wait import until
 
 
 def outcomes(run) -> dict:
@@ -307,7 +307,7 @@ def test_a_server_that_does_not_let_us_in_is_not_called_stopped(applied):
     rules.write_text("local all all reject\n")
     applied.call("slmdb_server.execute", "SELECT pg_reload_conf()")
     applied.call("slmdb_server.forget")
-    time.sleep(0.5)
+    until(lambda: applied.call("slmdb_server.refused"))
     answer = applied.state("slmdb_role.present", test=True)
     assert (answer.result, answer.changes) == (True, {})
     assert answer.comment == "Cannot be compared while the server runs but does not let us in."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pwd
-import time
 from pathlib import Path
 
 import psycopg2
 import pytest
 
 from tests.functional.test_slmdb_config import run, settle, tell
+from tests.support.wait import until
 
 LOG = Path("/var/log/postgresql/postgresql-15-main.log")
 HBA = Path("/etc/postgresql/15/main/pg_hba.conf")
@@ -24,7 +24,7 @@ def settled(minions):
 
 def refused(**login):
     try:
-        psycopg2.connect(connect_timeout=5, **login).close()
+        psycopg2.connect(connect_timeout=60, **login).close()
     except psycopg2.OperationalError:
         return True
     return False
@@ -126,7 +126,7 @@ def test_who_is_locked_out_by_hand_gets_in_again_in_one_run(settled, rules, put_
     HBA.write_text(rules)
     settled.call("slmdb_service.reload")
     settled.call("slmdb_server.forget")
-    wait_until(lambda: settled.call("slmdb_server.refused"))
+    until(lambda: settled.call("slmdb_server.refused"))
     if put_back:
         HBA.write_text(good)
     announced = settled.state("slmdb_access.applied", test=True)
@@ -142,17 +142,10 @@ def test_a_map_that_keeps_everybody_out_is_undone(settled):
     IDENT.write_text("")
     settled.call("slmdb_service.reload")
     settled.call("slmdb_server.forget")
-    wait_until(lambda: settled.call("slmdb_server.refused"))
+    until(lambda: settled.call("slmdb_server.refused"))
     assert settled.state("slmdb_access.applied").result is True
     assert settled.call("slmdb_server.available")
     assert settled.state("slmdb_access.verified").result is True
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_an_error_in_the_file_is_named_with_its_line(settled):

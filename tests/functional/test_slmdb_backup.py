@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import subprocess
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from tests.support import backend, backups
 from tests.support import world as worlds
+from tests.support.wait import until
 
 APPROVED = {"maintenance": {"approve": True}}
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
@@ -83,11 +83,8 @@ def test_wal_does_not_pile_up_after_backups_were_switched_off(ready, minions):
     for _ in range(3):
         off.call("slmdb_server.execute", "SELECT pg_logical_emit_message(true, 'a', 'b')")
         off.call("slmdb_server.query", "SELECT pg_switch_wal()::text AS at")
-    for _ in range(100):
-        if not list(waiting.glob("*.ready")):
-            break
-        time.sleep(0.1)
-    assert list(waiting.glob("*.done")) and not list(waiting.glob("*.ready"))
+    until(lambda: not list(waiting.glob("*.ready")))
+    assert list(waiting.glob("*.done"))
     off.call("slmdb_server.forget")
 
 

@@ -16,6 +16,7 @@ import pytest
 from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from tests.support import backups
+from tests.support.wait import until
 
 PILLAR = {"slm_database": {"backup": {"enabled": True, "drill": {"keep_free": "0%"}}}}
 RECORD = Path("/var/lib/autobot-slm-database/drill.json")
@@ -183,24 +184,20 @@ def test_a_lost_table_a_lost_row_and_a_row_too_many_are_found(host):
 def test_what_works_at_that_path_in_a_container_is_left_alone(host, tmp_path):
     """The same program in the same working directory, of which there are two."""
     program = shutil.copy("/usr/bin/sleep", tmp_path / "postgres")
-    work = f"mkdir -p {DIRECTORY}/data && cd {DIRECTORY}/data && exec {program} 60"
+    work = f"mkdir -p {DIRECTORY}/data && cd {DIRECTORY}/data && exec {program} 600"
     away = f"mount -t tmpfs container {DIRECTORY.parent} && {work}"
     started = [
         subprocess.Popen(["unshare", "--mount", "sh", "-c", away]),
         subprocess.Popen(["sh", "-c", work]),
     ]
     try:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and not all(
-            os.readlink(f"/proc/{one.pid}/cwd") == f"{DIRECTORY}/data"
-            and Path(f"/proc/{one.pid}/comm").read_text() == "postgres\n"
-            for one in started
-        ):
-            time.sleep(0.05)
+        for one in started:
+            until(lambda comm=Path(f"/proc/{one.pid}/comm"): comm.read_text() == "postgres\n")
         found = host.call("slmdb_backup_scratch.processes", str(DIRECTORY))
         assert found == [started[1].pid]
         host.call("slmdb_backup_scratch.end", str(DIRECTORY))
-        assert [one.poll() is None for one in started] == [True, False]
+        started[1].wait(60)
+        assert started[0].poll() is None
     finally:
         for one in started:
             one.kill()
@@ -247,7 +244,7 @@ def execute_in_copy(minion, where, statement):
     return row and row[0]
 
 
-def begun(minion, until):
+def begun(minion, there):
     """A drill as a timer starts it, as soon as something is there."""
     job = subprocess.Popen(
         minion.call("slmdb_runner.command", "slmdb_backup.drill"),
@@ -256,8 +253,8 @@ def begun(minion, until):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 90
-    while not until():
+    deadline = time.monotonic() + 300
+    while not there():
         assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
         time.sleep(0.02)
     return job

@@ -15,6 +15,7 @@ from salt.exceptions import CommandExecutionError
 from tests.functional.test_slm_database import begin_applied
 from tests.support import backups
 from tests.support import world as worlds
+from tests.support.wait import until
 
 REPOSITORY = Path("/var/lib/pgbackrest")
 BACKUPS = REPOSITORY / "backup/autobot-slm"
@@ -93,13 +94,6 @@ def write_wal(minion):
 
 def ready():
     return sorted(path.name for path in STATUS.glob("*.ready"))
-
-
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def test_a_fresh_host_is_healthy_and_says_that_there_is_no_backup(host):
@@ -351,6 +345,6 @@ def test_a_lost_instance_is_not_answered_with_an_empty_one(host, lost):
     result = host.state("slmdb_instance.present")
     assert result.result is False and words[lost] in result.comment
     assert "pg_dropcluster" not in result.comment
-    (line,) = [line for line in host.call("slmdb.health")["problems"] if words[lost] in line]
+    (line,) = [line for line in ask(host)["problems"] if words[lost] in line]
     assert line in result.comment
     assert not list(configuration.glob("main/*.conf")) or lost == "data"

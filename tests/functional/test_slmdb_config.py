@@ -12,6 +12,7 @@ import pytest
 from salt.exceptions import CommandExecutionError
 
 from tests.support import world as worlds
+from tests.support.wait import until
 
 CONF = Path("/etc/postgresql/15/main/conf.d/50-autobot-slm.conf")
 AUTO = Path("/var/lib/postgresql/15/main/postgresql.auto.conf")
@@ -110,10 +111,9 @@ def test_what_a_reload_brings_is_in_force_at_once(settled):
     assert announced["work_mem"]["new"] == "9MB"
     assert announced["log_lock_waits"] == {"old": "on", "new": "off"}
     assert settled.state("slmdb_config.applied").changes == announced
-    with client.cursor() as cursor:
-        cursor.execute("SHOW work_mem")
-        assert cursor.fetchone() == ("9MB",)
-    client.close()
+    with contextlib.closing(client), client.cursor() as cursor:
+        # The server tells its sessions one after the other.
+        until(lambda: cursor.execute("SHOW work_mem") or cursor.fetchone() == ("9MB",))
 
 
 @pytest.mark.parametrize("spelled", [str.lower, str])
@@ -320,9 +320,7 @@ def test_a_restart_that_would_fail_is_not_tried(settled):
     pid = settled.call("slmdb_instance.facts")["pid"]
     settled.call("slmdb_server.execute", f"ALTER SYSTEM SET {UNKNOWN}")
     settled.call("slmdb_service.reload")
-    deadline = time.monotonic() + 20
-    while not settled.call("slmdb_config.pending") and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: settled.call("slmdb_config.pending"))
     tell(settled, restart="now")
     for test in (True, False):
         refused = settled.state("slmdb_config.in_force", test=test)
@@ -355,7 +353,7 @@ def test_what_alter_system_keeps_from_starting_is_named_with_the_way_out(
     assert failed.result is False and words in failed.comment
     way_out = f"; ALTER SYSTEM wrote that: take it out of {place}, and start again"
     assert failed.comment.endswith(way_out)
-    answer = settled.call("slmdb.health")
+    answer = settled.call("slmdb.health", timeout=15)
     said = " | ".join(answer["problems"] + answer["warnings"])
     if line != "nonsense":
         name = line.partition(" ")[0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+
+from tests.support.wait import until
 
 BASE = {"owner": "autobot_slm", "encoding": "UTF8", "locale": "C.UTF-8", "extensions": []}
 
@@ -166,9 +166,6 @@ def test_many_databases_take_no_connection_each(host):
     host.call("slmdb_database.apply")
     assert host.call("slmdb_database.differences") == {}
     asked = "SELECT datname FROM pg_stat_activity WHERE application_name = 'slmdb' ORDER BY 1"
-    for _ in range(50):  # a session that was ended is listed for a moment
-        rows = [row["datname"] for row in host.call("slmdb_server.query", asked)]
-        if len(rows) == 2:
-            break
-        time.sleep(0.1)
-    assert rows == ["autobot_slm", "postgres"]
+    there = [{"datname": "autobot_slm"}, {"datname": "postgres"}]
+    # A session that was ended is listed for a moment.
+    until(lambda: host.call("slmdb_server.query", asked) == there)

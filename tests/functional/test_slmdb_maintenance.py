@@ -60,10 +60,10 @@ def test_nothing_happens_without_a_window_or_an_approval(parked):
 
 
 def test_a_closed_window_says_when_it_opens(parked):
-    """One that is 24 hours minus five minutes long, and begins in two minutes."""
-    now = time.localtime(time.time() + 120)
-    opens = time.strftime("%H:%M", now)
-    windows = [f"daily {opens}-{time.strftime('%H:%M', time.localtime(time.time() + 300))}"]
+    """One that begins in two hours and is an hour long."""
+    now = time.time()
+    opens, closes = (time.strftime("%H:%M", time.localtime(now + 3600 * hours)) for hours in (2, 3))
+    windows = [f"daily {opens}-{closes}"]
     parked.tell(
         {"slm_database": {**PARKED, "maintenance": {"policy": "window", "windows": windows}}}
     )

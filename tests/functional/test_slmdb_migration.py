@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,16 @@ from salt.exceptions import CommandExecutionError, SaltInvocationError
 
 from tests.support import backend
 from tests.support.backend import sql
+from tests.support.wait import until
 
 APPROVED = {"slm_database": {"maintenance": {"approve": True}}}
 BEGUN = Path("/var/lib/autobot-slm-database/initialize.begun")
+# A migration that lasts until the test has seen what it wants to see meanwhile.
+SLOW = (
+    "open('begun', 'w').close()",
+    "while not os.path.exists('go-on'):",
+    "    time.sleep(0.05)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -381,40 +387,32 @@ def test_a_migration_that_takes_too_long_is_ended(migrated):
 
 @pytest.mark.once
 def test_a_second_migration_at_the_same_time_is_refused(migrated):
-    backend.add("e1", "d1", "Slow", sql("SELECT pg_sleep(9)"))
+    backend.add("e1", "d1", "Slow", *SLOW)
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
     command += ["-c", str(migrated.directory), "--log-level=quiet", "slmdb_migration.apply"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    seen = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'slmdb_migration'"
-    for _ in range(300):
-        if query(migrated, seen):
-            break
-        time.sleep(0.1)
+    until((backend.DIRECTORY / "begun").exists)
     assert "Another migration of this database runs" in refused(migrated)
-    output, _ = first.communicate(timeout=120)
+    (backend.DIRECTORY / "go-on").touch()
+    output, _ = first.communicate(timeout=300)
     assert first.returncode == 0, output
     assert current(migrated) == ["e1"]
 
 
 @pytest.mark.once
 def test_a_run_that_was_killed_can_be_repeated(migrated):
-    backend.add("e1", "d1", "Slow", sql("CREATE TABLE late (id int)"), sql("SELECT pg_sleep(9)"))
+    backend.add("e1", "d1", "Slow", sql("CREATE TABLE late (id int)"), *SLOW)
     command = [os.path.join(os.path.dirname(sys.executable), "salt-call"), "--local"]
     command += ["-c", str(migrated.directory), "--log-level=quiet", "slmdb_migration.apply"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seen = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'slmdb_migration'"
-    for _ in range(300):
-        if query(migrated, seen):
-            break
-        time.sleep(0.1)
+    until((backend.DIRECTORY / "begun").exists)
     first.kill()
     first.wait()
     # What the killed run had started still works: that is said, and waited for.
     assert "Another migration of this database runs" in refused(migrated)
-    for _ in range(300):
-        if not query(migrated, seen):
-            break
-        time.sleep(0.1)
+    (backend.DIRECTORY / "go-on").touch()
+    seen = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'slmdb_migration'"
+    until(lambda: not query(migrated, seen))
     assert apply(migrated)["result"] is True
     assert current(migrated) == ["e1"]
 

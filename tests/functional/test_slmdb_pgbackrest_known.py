@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,9 @@ from salt.exceptions import CommandExecutionError
 from salt.utils.dictupdate import merge_recurse
 
 from tests.functional.test_slm_database import begin_applied
-from tests.functional.test_slmdb_backup_health import buried, write_wal
+from tests.functional.test_slmdb_backup_health import buried, ready, write_wal
 from tests.support import s3
+from tests.support.wait import until
 
 REPOSITORY = Path("/var/lib/pgbackrest")
 CONFIG = Path("/etc/pgbackrest/autobot-slm.conf")
@@ -56,20 +56,21 @@ def move(source, target):
 
 def refused(minion):
     """Have the server fail to archive a segment."""
-    write_wal(minion)
-    minion.call("slmdb_server.query", "SELECT pg_switch_wal()")
-    until_failing(minion, True)
+
+    def tried():
+        if not ready():  # what went before the server had read its configuration was taken
+            write_wal(minion)
+        return failing(minion)
+
+    until(tried)
 
 
-def until_failing(minion, wanted):
-    """Wait until the last segment that the server tried was archived, or was not."""
+def failing(minion):
+    """Whether the last segment that the server tried was not archived."""
     query = """
         SELECT coalesce(last_failed_time >= coalesce(last_archived_time, '-infinity'), false)
                AS failing FROM pg_stat_archiver"""
-    deadline = time.monotonic() + 60
-    while minion.call("slmdb_server.query", query)[0]["failing"] != wanted:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    return minion.call("slmdb_server.query", query)[0]["failing"]
 
 
 def begun_anew(minion, pillar, store):
@@ -87,7 +88,7 @@ def begun_anew(minion, pillar, store):
 def quiet(minion):
     """See that nothing is asked any more once WAL is archived again."""
     minion.call("slmdb_backup.settle")
-    until_failing(minion, False)
+    until(lambda: not failing(minion))
     assert ask(minion) == {}
     assert asked(minion) == ({}, False)
 

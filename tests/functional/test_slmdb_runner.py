@@ -93,7 +93,7 @@ def test_two_jobs_and_an_apply_do_not_disturb_each_other(applied, minions):
     minions(changed)
     assert applied.state("slmdb_record.present").result is True
     assert told(applied, "database") == "third"
-    assert [job.wait(60) for job in jobs] == [0, 0]
+    assert [job.wait(300) for job in jobs] == [0, 0]
     assert (CURRENT.parent / before).is_dir()
 
 

@@ -81,7 +81,7 @@ def trace(child, *options):
         time.sleep(0.002)
     os.kill(child, signal.SIGCONT)
     _, status = os.waitpid(child, 0)
-    tracer.wait(10)
+    tracer.wait(120)
     return status
 
 
@@ -145,4 +145,5 @@ def test_a_run_may_be_killed_at_any_system_call(minion, run, tmp_path):
         check_killed(run)
         check_recovered(minion)
     print(f"{run}: killed at {killed} of {len(chosen)} chosen system calls")
-    assert killed >= 70
+    # How often a run polls and allocates is the machine's affair: some calls are not reached.
+    assert killed >= POINTS * 3 // 4

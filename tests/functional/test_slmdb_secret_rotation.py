@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from salt.exceptions import CommandExecutionError
 
 from tests.support import secrets
+from tests.support.wait import until
 
 SYSTEMD = Path("/run/systemd/system")
 TOOLS = Path("/run/tools")
@@ -250,9 +250,7 @@ def configure(host):
     def reloaded(change, name, wanted):
         secrets.psql(change)
         secrets.psql("SELECT pg_reload_conf()")
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and secrets.psql(f"SHOW {name}") != wanted:
-            time.sleep(0.02)
+        until(lambda: secrets.psql(f"SHOW {name}") == wanted)
 
     before = {}
 
@@ -441,9 +439,7 @@ def older(shared_server, minions):
     )
     # A session that is over is counted until its process is gone.
     gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE datname LIKE 'slm%'"
-    deadline = time.monotonic() + 30
-    while secrets.psql(gone) != "True":
-        assert time.monotonic() < deadline
+    until(lambda: secrets.psql(gone) == "True")
     lines = "SLM_DB_PASSWORD='of old'\nSLM_DATABASE_URL=postgresql://slm_app:x@localhost/slm\n"
     secrets.write(lines.encode(), secrets.OLD_FILE)
     return minions

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from salt.exceptions import CommandExecutionError
+
+from tests.support.wait import until
 
 
 @pytest.fixture
@@ -33,9 +34,7 @@ def test_a_killed_server_is_started_again(host):
     host.call("slmdb_service.start")
     pid = host.call("slmdb_instance.facts")["pid"]
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: not Path(f"/proc/{pid}").exists())
     assert host.state("slmdb_service.running").changes["server"]["new"] == "running"
     assert host.call("slmdb_server.query", "SELECT 1 AS one") == [{"one": 1}]
 
@@ -176,10 +175,7 @@ def test_each_thread_has_a_connection_of_its_own(server):
         pids = list(pool.map(ask, range(3)))
     assert len(set(pids)) == 3
     left = "SELECT count(*) AS n FROM pg_stat_activity WHERE pid = ANY(%s)"
-    deadline = time.monotonic() + 30
-    while server.call("slmdb_server.query", left, [pids])[0]["n"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: server.call("slmdb_server.query", left, [pids])[0]["n"] == 0)
 
 
 def test_a_unit_that_somebody_changed_is_in_the_report(server, systemd):

@@ -438,7 +438,7 @@ def test_in_place_under_the_unit(host, beside):
     before = database.postmaster(host)
     words = ("slmdb_backup.restore", f"time={moment}", "in_place=15/main")
     restore = beside(database.call, host, *words)
-    assert database.came_back(host, before, patience=120)
+    assert database.came_back(host, before)
     answer = restore.result()
     assert database.sql(host, LAST) == first
     assert database.active(host) == "active"

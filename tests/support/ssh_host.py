@@ -52,7 +52,7 @@ class SshHost:
         self._wait()
 
     @staticmethod
-    def _wait(seconds: float = 20) -> None:
+    def _wait(seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while True:
             try:
