@@ -382,6 +382,7 @@ def _server(found: dict[str, Any], answer: dict[str, Any], unit: dict, row: dict
         "port": found["port"],
         "pg_isready": answer,
         "version": row.get("version"),
+        "replaced": __salt__["slmdb_service.replaced"](),
         "started": row.get("started"),
         "in_recovery": row.get("in_recovery"),
         "database_owner": row.get("owner"),

@@ -343,6 +343,12 @@ def _waiting(report: dict[str, Any]) -> Iterator[str]:
         # Debian's programs take it from the file.
         more = f"; psql and pg_isready need -p {old} until then" if row["name"] == "port" else ""
         yield f"{row['name']} {old} → {new} waits for a restart since {row['since']}{more}"
+    replaced = report["server"].get("replaced")
+    if replaced:
+        yield (
+            f"the server runs with {', '.join(replaced)} of before an update: a restart, with "
+            f"{APPLY}.maintenance, takes the new one"
+        )
     yield from report.get("fixed") or []
 
 

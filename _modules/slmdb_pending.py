@@ -80,11 +80,15 @@ def restart() -> list[dict[str, Any]]:
         salt-call slmdb_pending.restart
 
     Returns rows with ``name``, ``old`` and ``new``: settings, with ``since`` when they wait,
-    ``server`` if another version is installed than runs, and ``unit`` if the server runs outside
-    ours. Raises ``CommandExecutionError`` if the server or systemd cannot be asked.
+    ``server`` if another version is installed than runs, ``libraries`` if some of it was replaced
+    on disk since it started, and ``unit`` if the server runs outside ours. Raises
+    ``CommandExecutionError`` if the server or systemd cannot be asked.
     """
     version = server_version()
     rows = [*__salt__["slmdb_config.pending"](), *([version] if version else [])]
+    replaced = ", ".join(__salt__["slmdb_service.replaced"]())
+    if replaced:
+        rows.append({"name": "libraries", "old": f"{replaced} of before", "new": "as on disk"})
     return rows + __salt__["slmdb_service.parked"]()
 
 

@@ -5,6 +5,7 @@ Starting and stopping the server: by systemd where it runs the host, by ``pg_ctl
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -22,6 +23,9 @@ PARKED = "which waits for a window or an approval"
 # Seconds for systemd's answer: a report has a deadline, and this if its own is a short one; a run
 # can wait as long as systemctl does.
 ANSWER, ANSWER_IN_REPORT = 30, 1
+
+# A line of /proc/PID/maps; dpkg's name for the old file may still be there.
+_REPLACED = re.compile(rb"/(?:usr|lib)\S*/([^/\s]+?)(?:\.dpkg-\w+)? \(deleted\)$", re.MULTILINE)
 
 
 def __virtual__() -> str:
@@ -194,6 +198,27 @@ def _foreign() -> None:
     _run(["systemctl", "stop", f"postgresql@{found['version']}-{found['name']}"])
     if __salt__["slmdb_instance.facts"]()["running"]:
         _run(["pg_ctlcluster", found["version"], found["name"], "stop", "-m", "fast", "--force"])
+
+
+def replaced() -> list[str]:
+    """
+    Name what of the server's program and libraries was replaced on disk since it started.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_service.replaced
+
+    Returns names of files, sorted, as after an update of OpenSSL; empty if the server does not run.
+    Raises nothing.
+    """
+    try:
+        with open(f"/proc/{__salt__['slmdb_instance.facts']()['pid']}/maps", "rb") as stream:
+            found = set(_REPLACED.findall(stream.read()))
+    except OSError:
+        return []
+    return sorted(name.decode(errors="replace") for name in found)
 
 
 def start() -> None:

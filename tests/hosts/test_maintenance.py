@@ -79,6 +79,8 @@ def test_what_updates_by_itself_leaves_the_server_alone(host):
     host.run("apt-get -qy --reinstall install libzstd1", env={"NEEDRESTART_SUSPEND": "1"})
     host.run("needrestart -q -r a", check=False)
     assert database.postmaster(host) == server
+    assert "with libzstd.so.1" in " ".join(database.health(host)[1]["warnings"])
+    assert "restart for libraries: libzstd.so.1" in maintain(host)["comment"]
 
     host.run(f"apt-mark unhold {' '.join(PACKAGES)}")
     assert "postgresql-15" not in would_upgrade(host)
@@ -87,6 +89,7 @@ def test_what_updates_by_itself_leaves_the_server_alone(host):
     host.run("rm /etc/needrestart/conf.d/autobot-slm-database.conf")
     host.run("needrestart -q -r a", check=False)
     assert database.postmaster(host) != server
+    assert "libzstd" not in " ".join(database.health(host)[1]["warnings"])
 
     states = database.apply_states(host)
     changed = {states[name]["__id__"] for name in database.changed(states)}
