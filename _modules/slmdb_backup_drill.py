@@ -104,8 +104,7 @@ def _remember(answer: dict[str, Any]) -> None:
     drilled = {**known.get("drilled", {}), str(answer["repository"]): answer["at"]}
     proven = answer if answer["proven"] else known.get("proven")
     data = {"last": answer, "proven": proven, "drilled": drilled}
-    text = json.dumps(data, indent=1, sort_keys=True, default=str) + "\n"
-    __salt__["slmdb_file.write"](RECORD, text.encode(), mode="0640")
+    __salt__["slmdb_file.remember"](RECORD, data, mode="0640")
 
 
 @contextlib.contextmanager

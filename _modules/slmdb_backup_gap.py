@@ -135,7 +135,7 @@ def words(chosen: dict[str, Any], archived: dict[str, str] | None) -> str | None
     For callers in Python.
 
     chosen
-        As ``slmdb_restore.plan`` returns it.
+        As ``slmdb_restore_plan.make`` returns it.
     archived
         As ``slmdb_backup.settle`` returned it just now; ``None``: the server does not run, so
         nobody knows how far the WAL should reach.

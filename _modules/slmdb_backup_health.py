@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 import re
 import time
@@ -85,12 +84,8 @@ def _moment(seconds: float | None) -> str | None:
 
 
 def _kept(path: str) -> dict[str, Any]:
-    """What was written down on this host; nothing if it cannot be read."""
-    try:
-        kept = json.loads(__salt__["slmdb_file.read"](path) or b"{}")
-    except ValueError:
-        return {}
-    return kept if isinstance(kept, dict) else {}
+    """What was written down on this host."""
+    return __salt__["slmdb_file.remembered"](path) or {}
 
 
 def _stopped() -> list[str]:
@@ -236,7 +231,7 @@ def answered(backups: list[dict[str, Any]]) -> None:
         "wal": last["archive"]["start"] if last else None,
         "damaged": bool(last and last.get("error")),
     }
-    __salt__["slmdb_file.write"](ANSWERED, (json.dumps(told) + "\n").encode(), mode="0640")
+    __salt__["slmdb_file.remember"](ANSWERED, told, mode="0640")
 
 
 def _last(label: str, at: float, run: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +351,7 @@ def verified(problems: list[str]) -> None:
         One line each; empty if the repositories are right.
     """
     told = {"at": _moment(time.time()), "right": not problems, "problems": problems[:20]}
-    __salt__["slmdb_file.write"](VERIFIED, (json.dumps(told) + "\n").encode(), mode="0640")
+    __salt__["slmdb_file.remember"](VERIFIED, told, mode="0640")
 
 
 def judge(found: dict[str, Any], settings: dict[str, Any], now: float) -> dict[str, list[str]]:

@@ -10,7 +10,6 @@ and what it lacks from before.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from typing import Any
 
@@ -31,11 +30,7 @@ def __virtual__() -> str:
 
 
 def _remembered() -> dict[str, Any]:
-    try:
-        kept = json.loads(__salt__["slmdb_file.read"](RECORD) or b"{}")
-    except ValueError:
-        return {}
-    return kept if isinstance(kept, dict) else {}
+    return __salt__["slmdb_file.remembered"](RECORD) or {}
 
 
 def _own(row: dict[str, Any]) -> dict[str, Any]:
@@ -263,5 +258,4 @@ def remember() -> None:
                 lacks = __salt__["slmdb_backup_gap.before"](row["repository"])
                 found[number] = {**_own(row), "since": since, "lacks": lacks}
     if found != before:
-        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
-        __salt__["slmdb_file.write"](RECORD, text.encode(), mode="0640")
+        __salt__["slmdb_file.remember"](RECORD, found, mode="0640")

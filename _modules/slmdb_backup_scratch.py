@@ -177,7 +177,8 @@ def make(directory: str, chosen: dict[str, Any]) -> None:
     directory
         It does not exist yet.
     chosen
-        ``label``, ``repository``, ``options`` and ``bytes``, as ``slmdb_restore.plan`` has them.
+        ``label``, ``repository``, ``options`` and ``bytes``, as ``slmdb_restore_plan.make`` has
+        them.
 
     Raises ``CommandExecutionError`` if pgBackRest or the disk refuses.
     """

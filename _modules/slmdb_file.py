@@ -8,13 +8,14 @@ import contextlib
 import fcntl
 import grp
 import hashlib
+import json
 import os
 import pwd
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from salt.exceptions import CommandExecutionError
 from salt.loader.dunder import __opts__
@@ -191,6 +192,54 @@ def write(
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def remember(path: str, what: Any, mode: str = "0644") -> None:
+    """
+    Write down something for a later run.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.remember /var/lib/autobot-slm-database/x.json '{"a": 1}'
+
+    path
+        Absolute path.
+    what
+        What JSON can hold; of anything else the text.
+    mode
+        The mode in octal.
+
+    Returns nothing. Raises ``CommandExecutionError`` if the disk refuses.
+    """
+    text = json.dumps(what, indent=1, sort_keys=True, default=str) + "\n"
+    write(path, text.encode(), mode=mode)
+
+
+def remembered(path: str, kind: type = dict) -> Any:
+    """
+    Return what ``remember`` wrote down.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_file.remembered /var/lib/autobot-slm-database/x.json
+
+    path
+        Absolute path.
+    kind
+        The type that it must have.
+
+    Returns it; ``None`` if there is no such file, or something else in it. Raises
+    ``CommandExecutionError`` if it cannot be read.
+    """
+    try:
+        kept = json.loads(read(path) or b"null")
+    except ValueError:
+        return None
+    return kept if isinstance(kept, kind) else None
 
 
 def keep(path: str, text: str) -> None:

@@ -5,10 +5,8 @@ server's major are held, and unattended-upgrades and needrestart are told to lea
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from typing import Any
 
 from salt.exceptions import CommandExecutionError
 from salt.loader.dunder import __opts__
@@ -71,29 +69,21 @@ def _files() -> dict[str, bytes]:
     return {UPGRADES: upgrades.encode(), RESTARTS: restarts.encode()}
 
 
-def _read(path: str, kind: type) -> Any:
-    try:
-        kept = json.loads(__salt__["slmdb_file.read"](path) or b"null")
-    except ValueError:
-        return None
-    return kept if isinstance(kept, kind) else None
-
-
 def _recorded() -> dict[str, str] | None:
-    return _read(RECORD, dict)
+    return __salt__["slmdb_file.remembered"](RECORD)
 
 
 def _claimed() -> set[str]:
     """The packages that were not held before we held them; all, where nobody wrote down which."""
-    kept = _read(HOLDS, list)
+    kept = __salt__["slmdb_file.remembered"](HOLDS, list)
     return set(_recorded() or {} if kept is None else kept)
 
 
 def _claim(names: list[str]) -> None:
     """Remember holds as ours, before they are: a kill in between must not make them another's."""
     ours = sorted(_claimed().union(names))
-    if ours != _read(HOLDS, list):
-        __salt__["slmdb_file.write"](HOLDS, (json.dumps(ours, indent=1) + "\n").encode())
+    if ours != __salt__["slmdb_file.remembered"](HOLDS, list):
+        __salt__["slmdb_file.remember"](HOLDS, ours)
 
 
 def _version_changes(found: dict[str, dict]) -> dict:
@@ -217,8 +207,7 @@ def record() -> None:
     """
     versions = {name: row["version"] for name, row in installed().items()}
     if versions != _recorded():
-        text = json.dumps(versions, indent=1, sort_keys=True) + "\n"
-        __salt__["slmdb_file.write"](RECORD, text.encode())
+        __salt__["slmdb_file.remember"](RECORD, versions)
 
 
 def _held_by_us() -> list[str]:

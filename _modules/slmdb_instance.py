@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import glob
 import ipaddress
-import json
 import os
 import re
 import socket
@@ -111,10 +110,9 @@ def _recorded() -> list[str]:
     """The major that the last apply was told, else the one whose server's package it held."""
     for path, pattern in RECORDS.items():
         try:
-            kept = json.loads(__salt__["slmdb_file.read"](path) or b"null")
-        except (CommandExecutionError, ValueError):
+            kept = __salt__["slmdb_file.remembered"](path) or {}
+        except CommandExecutionError:
             continue
-        kept = kept if isinstance(kept, dict) else {}
         names = [f"version-{kept.get('version')}", *kept]
         found = [match[1] for name in names if (match := re.fullmatch(pattern, name))]
         if found:

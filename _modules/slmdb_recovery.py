@@ -224,7 +224,7 @@ def mark(told: dict[str, Any]) -> None:
     Raises ``CommandExecutionError`` if it cannot be written.
     """
     if not begun():
-        __salt__["slmdb_file.write"](MARK, (json.dumps(told) + "\n").encode(), mode="0640")
+        __salt__["slmdb_file.remember"](MARK, told, mode="0640")
 
 
 def unmark() -> None:

@@ -144,7 +144,7 @@ def apply() -> None:
             _own(row["path"], found["user"])
     _share_keys(found["user"])
     __salt__["slmdb_pgbackrest.apply"]()
-    _files(found, __salt__["slmdb_restore.plan"]())
+    _files(found, __salt__["slmdb_restore_plan.make"]())
     if not found["exists"]:
         _register(found)
     _replay()

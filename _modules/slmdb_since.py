@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from typing import Any
@@ -32,18 +31,12 @@ def remember(rows: list[dict[str, Any]]) -> None:
         What ``slmdb_config.pending`` returns.
     """
     kept = {row["name"]: {"new": row["new"], "since": row["since"]} for row in rows}
-    data = (json.dumps(kept, sort_keys=True) + "\n").encode()
-    before = __salt__["slmdb_file.read"](RECORD)
-    if before != data and (kept or before):
-        __salt__["slmdb_file.write"](RECORD, data)
+    if kept != _remembered():
+        __salt__["slmdb_file.remember"](RECORD, kept)
 
 
 def _remembered() -> dict[str, dict[str, str]]:
-    try:
-        kept = json.loads(__salt__["slmdb_file.read"](RECORD) or b"{}")
-    except ValueError:
-        return {}
-    return kept if isinstance(kept, dict) else {}
+    return __salt__["slmdb_file.remembered"](RECORD) or {}
 
 
 def when(name: str, new: str, path: str) -> str:

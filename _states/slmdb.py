@@ -87,6 +87,7 @@ def converge(
     noun: str,
     wanted: dict[str, Any] | None = None,
     server: bool = False,
+    systemd: bool = False,
     verbs: tuple[str, str] = ("differences", "apply"),
     why: str = "",
 ) -> dict:
@@ -102,6 +103,8 @@ def converge(
     server
         Whether a running server is needed: in test mode a host that has none yet is told that the
         change waits for it, one that was applied before that nothing can be compared.
+    systemd
+        Whether it is only for a host that systemd runs.
     verbs
         The functions that compare and write; ``("leftovers", "remove")`` undoes the noun.
     why
@@ -109,6 +112,8 @@ def converge(
 
     Returns a state's result dictionary. An error becomes a failed result with its one line.
     """
+    if systemd and not __salt__["slmdb_instance.systemd"]():
+        return _answer(name, True, "Skipped: systemd does not run this host.")
     return attempt(name, _converge, name, noun, wanted or {}, server, verbs, why)
 
 

@@ -20,14 +20,7 @@ def present(name: str) -> dict:
     name
         A sentence for the state's id; nothing depends on it.
     """
-    if not __salt__["slmdb_instance.systemd"]():
-        return {
-            "name": name,
-            "result": True,
-            "changes": {},
-            "comment": "Skipped: systemd does not run this host.",
-        }
-    return __states__["slmdb.converge"](name, "slmdb_unit")
+    return __states__["slmdb.converge"](name, "slmdb_unit", systemd=True)
 
 
 def absent(name: str) -> dict:

@@ -153,7 +153,7 @@ def test_backups_are_made_and_listed(ready):
     assert info["encrypted"] is True and info["running"] is False
     assert info["backups"] == 2 and info["newest"]["label"] == second["label"]
     assert info["earliest"] > first["stopped"]
-    assert ready.call("slmdb_restore.plan", time=info["earliest"])["label"] == first["label"]
+    assert ready.call("slmdb_restore_plan.make", time=info["earliest"])["label"] == first["label"]
     assert info["last_wal"] >= second["wal"][1]
 
 
@@ -162,7 +162,7 @@ def test_a_moment_right_after_a_backup_can_be_restored(ready):
     for kind in ("full", "incremental", "differential"):
         made = ready.call("slmdb_backup.create", kind)
         moment = datetime.now(timezone.utc).isoformat()
-        assert ready.call("slmdb_restore.plan", time=moment)["label"] == made["label"]
+        assert ready.call("slmdb_restore_plan.make", time=moment)["label"] == made["label"]
 
 
 @pytest.mark.once

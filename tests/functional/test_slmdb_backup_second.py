@@ -79,8 +79,8 @@ def test_every_backup_goes_to_both_and_comes_back_from_either(host):
     assert answer["problems"] == []
     assert "only local" not in " | ".join(answer["warnings"])
     write(host, "here")
-    assert host.call("slmdb_restore.plan")["repository"] == 1
-    assert host.call("slmdb_restore.plan", label=other["label"])["repository"] == 2
+    assert host.call("slmdb_restore_plan.make")["repository"] == 1
+    assert host.call("slmdb_restore_plan.make", label=other["label"])["repository"] == 2
     host.call("slmdb_backup.settle")
     with dead(FIRST):
         restored = host.call("slmdb_restore.beside")
@@ -444,4 +444,4 @@ def test_a_label_that_no_repository_has(host):
     """All that there are are named."""
     host.call("slmdb_backup.create")
     with pytest.raises(SaltInvocationError, match=r"there are 20.*, 20"):
-        host.call("slmdb_restore.plan", label="20200101-000000F")
+        host.call("slmdb_restore_plan.make", label="20200101-000000F")

@@ -1,4 +1,4 @@
-"""Files of a cache, and how it is known that a file is still the same."""
+"""Files of a cache, what is remembered, and how it is known that a file is still the same."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def test_a_cache_that_cannot_be_written_is_nobody_s_error(minion, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert minion.call("slmdb_file.keep", str(tmp_path / "file" / "known"), "text") is None
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_what_is_remembered_is_that_or_nothing(minion, tmp_path):
+    """A file that was cut off, or holds something else, is as none."""
+    path = tmp_path / "known"
+    assert minion.call("slmdb_file.remembered", str(path)) is None
+    minion.call("slmdb_file.remember", str(path), {"a": [1]}, mode="0640")
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert minion.call("slmdb_file.remembered", str(path)) == {"a": [1]}
+    assert minion.call("slmdb_file.remembered", str(path), list) is None
+    path.write_text(path.read_text()[:-3])
+    assert minion.call("slmdb_file.remembered", str(path)) is None
 
 
 def _rewrite(path):

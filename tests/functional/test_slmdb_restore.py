@@ -157,7 +157,7 @@ def test_a_moment_as_date_prints_it(host):
         time.strftime("%a %d %b %Y %I:%M:%S %p UTC", time.gmtime(at)),
         time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at)),
     ):
-        assert host.call("slmdb_restore.plan", time=text)["target"] == expected, text
+        assert host.call("slmdb_restore_plan.make", time=text)["target"] == expected, text
 
 
 @pytest.mark.once
@@ -270,7 +270,7 @@ def test_what_was_before_and_after_a_restore_in_place(host):
     host.call("slmdb_backup.restore", in_place="15/main")
     assert entries(host) == now
     made = host.call("slmdb_backup.create")
-    assert host.call("slmdb_restore.plan")["label"] == made["label"]
+    assert host.call("slmdb_restore_plan.make")["label"] == made["label"]
 
 
 @pytest.mark.once
@@ -335,7 +335,8 @@ def test_what_a_restore_beside_left_that_was_killed(host):
     host.call("slmdb_server.execute", "ALTER TABLE log SET TABLESPACE fast")
     host.call("slmdb_backup.create")
     place = Path("/var/lib/postgresql/15")
-    host.call("slmdb_restore.files", f"{place}/restored", host.call("slmdb_restore.plan"), False)
+    chosen = host.call("slmdb_restore_plan.make")
+    host.call("slmdb_restore.files", f"{place}/restored", chosen, False)
     with pytest.raises(SaltInvocationError, match="15/restored exists; name another, or: ") as err:
         host.call("slmdb_backup.restore")
     command = str(err.value).split("or: ")[1]
@@ -361,7 +362,7 @@ def test_two_restores_at_once(host):
     for entry in ("one", "two", "three", "four"):
         write(host, entry)
         host.call("slmdb_backup.settle")
-    chosen = host.call("slmdb_restore.plan")
+    chosen = host.call("slmdb_restore_plan.make")
     with futures.ThreadPoolExecutor(3) as pool:
         found = [pool.submit(host.call, "slmdb_backup_gap.damaged", chosen) for _ in range(3)]
         assert [one.result() for one in found] == [None] * 3
@@ -408,7 +409,7 @@ def test_tablespaces_come_back_more_than_once(host):
         assert entries(host)[-1] == entry
         host.call("slmdb_backup.create")
     assert not list(Path("/var/lib/postgresql/15").glob("restor*"))
-    killed = host.call("slmdb_restore.plan")
+    killed = host.call("slmdb_restore_plan.make")
     new = "/var/lib/postgresql/15/main.restoring"
     host.call("slmdb_restore.files", new, killed, True, new.replace(".restoring", ""))
     assert host.call("slmdb_backup.restore", in_place="15/main")["kept_tablespaces"] == before
