@@ -67,6 +67,30 @@ def _skipped(want: dict[str, Any], states: tuple[str, ...] = _RUNNING) -> str | 
     return None
 
 
+def former(changes: dict[str, Any]) -> str | None:
+    """
+    Say what becomes of a running backend when the server gets a password that somebody wrote into
+    the file: it keeps what it was started with.
+
+    For callers in Python.
+
+    changes
+        What ``slmdb_secret.differences`` returned.
+
+    Returns one line, or ``None``: nobody did, a rotation sees to the backend, or none runs. Raises
+    nothing.
+    """
+    verifier = changes.get(f"verifier of {__salt__['slmdb_pillar.get']('role')}") or {}
+    if verifier.get("old") != "another password" or not __salt__["slmdb_instance.systemd"]():
+        return None
+    if _state().get("ActiveState") not in _RUNNING:
+        return None
+    return (
+        f"{_unit()} still has the password with which it was started; if that is the former one it "
+        f"can open no new session: systemctl restart {_unit()}"
+    )
+
+
 def intention(want: dict[str, Any]) -> str:
     """
     Say what a rotation would do with the backend.

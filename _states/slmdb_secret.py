@@ -54,7 +54,10 @@ def present(name: str, **wanted: Any) -> dict:
           slmdb_secret.present
     """
     wanted = {key: value for key, value in wanted.items() if not key.startswith("__")}
-    return __states__["slmdb.converge"](name, "slmdb_secret", wanted, server=True)
+    answer = __states__["slmdb.converge"](name, "slmdb_secret", wanted, server=True)
+    changes = answer["changes"]
+    former = __salt__["slmdb_secret_backend.former"](changes) if changes else None
+    return {**answer, "warnings": [former]} if former else answer
 
 
 def adopted(name: str) -> dict:

@@ -168,6 +168,24 @@ done
 """
 
 
+def test_who_changes_the_file_by_hand_is_told_of_the_backend(applied):
+    """The server gets that password; the backend keeps the one with which it was started."""
+    begin_backend(applied)
+    old = password(applied)
+    applied.run(
+        "sed -i 's/^SLM_DB_PASSWORD=.*/SLM_DB_PASSWORD=by-hand/' /etc/autobot/slm-secrets.env"
+    )
+    for arguments in (["test=True"], []):
+        answer = call(applied, "state.apply", "slm_database.secret", *arguments)
+        states = json.loads(answer.stdout)["local"].values()
+        (told,) = [one["warnings"] for one in states if one.get("warnings")]
+        assert "systemctl restart autobot-slm-backend.service" in told[0]
+    assert logs_in(applied, "by-hand") and not logs_in(applied, old)
+    assert backend_has(applied) == old
+    again = json.loads(call(applied, "state.apply", "slm_database.secret").stdout)["local"]
+    assert not any(one.get("warnings") or one["changes"] for one in again.values())
+
+
 def test_somebody_else_s_login_proves_nothing(applied):
     """A backend that stays up with a wrong password is found out, whoever else logs in."""
     begin_backend(applied, "PGPASSWORD=wrong psql -h 127.0.0.1 -U autobot_slm; exec sleep infinity")
