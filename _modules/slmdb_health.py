@@ -26,16 +26,48 @@ __virtualname__ = "slmdb_health"
 # many files that the report would come late.
 LARGE_CATALOGUE = 1024 * 1024
 LATE = "the server did not answer in time"
+# Shorter waits for a lock are a busy application's own affair. Of very many who wait a report looks
+# at those who waited longest.
+LONG_WAIT = 60  # seconds
+WAITERS = 100
 
-SERVER = """
+STAMP = """AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'"""
+# Who holds others up and waits for nobody, with all who wait behind; 0 is a prepared transaction.
+BLOCKERS = f"""
+WITH RECURSIVE waiting AS (
+       SELECT pid, min(waitstart) AS since FROM pg_locks WHERE NOT granted GROUP BY pid
+     ), edges AS (
+       SELECT pid, since, unnest(pg_blocking_pids(pid)) AS blocker
+         FROM (SELECT * FROM waiting ORDER BY since LIMIT %(waiters)s) longest
+        WHERE (SELECT min(since) FROM waiting)
+              <= clock_timestamp() - make_interval(secs => %(longer)s)
+     ), behind AS (
+       SELECT blocker AS root, pid, since FROM edges
+        WHERE blocker NOT IN (SELECT pid FROM waiting)
+       UNION
+       SELECT root, edges.pid, edges.since FROM behind JOIN edges ON edges.blocker = behind.pid
+     )
+SELECT root AS pid, pg_get_userbyid(usesysid) AS user,
+       (SELECT datname FROM pg_database WHERE oid = datid) AS database,
+       application_name, backend_type AS kind, state,
+       extract(epoch FROM clock_timestamp() - xact_start)::bigint AS seconds,
+       to_char(backend_start {STAMP}) AS started, waiting, longest_wait
+  FROM (SELECT root, count(DISTINCT pid) AS waiting,
+               extract(epoch FROM clock_timestamp() - min(since))::bigint AS longest_wait
+          FROM behind GROUP BY root) roots
+  LEFT JOIN pg_stat_get_activity(NULL) a ON a.pid = root
+ ORDER BY longest_wait DESC, seconds DESC
+"""
+SERVER = f"""
 SELECT current_setting('server_version') AS version,
-       to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC',
-               'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS started,
+       to_char(pg_postmaster_start_time() {STAMP}) AS started,
        pg_is_in_recovery() AS in_recovery,
        current_setting('max_connections')::int AS allowed,
        current_setting('superuser_reserved_connections')::int
        + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
-       activity.used, activity.oldest_transaction,
+       activity.used, activity.oldest_transaction, activity.waiting,
+       CASE WHEN activity.waiting > 0
+            THEN (SELECT json_agg(b) FROM ({BLOCKERS}) b) END AS blockers,
        (SELECT max(age(datfrozenxid)) FROM pg_database) AS transaction_id_age,
        (SELECT sum(checksum_failures)::bigint FROM pg_stat_database) AS checksum_failures,
        (SELECT json_build_object('name', gid, 'user', owner, 'database', database,
@@ -67,12 +99,13 @@ SELECT current_setting('server_version') AS version,
        ARRAY(SELECT rolname::text FROM pg_roles
               WHERE oid <> 10 AND rolname !~ '^pg_' AND NOT rolname = ANY(%(roles)s)
               ORDER BY 1) AS other_roles
-  FROM (SELECT count(*) AS used,
+  FROM (SELECT count(*) AS used, count(*) FILTER (WHERE wait_event_type = 'Lock') AS waiting,
                (array_agg(json_build_object(
                        'pid', pid, 'user', pg_get_userbyid(usesysid),
                        'database', (SELECT datname FROM pg_database WHERE oid = datid),
                        'state', state,
-                       'seconds', extract(epoch FROM clock_timestamp() - xact_start)::bigint)
+                       'seconds', extract(epoch FROM clock_timestamp() - xact_start)::bigint,
+                       'started', to_char(backend_start {STAMP}))
                    ORDER BY xact_start)
                 FILTER (WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid())
                )[1] AS oldest_transaction
@@ -259,7 +292,8 @@ def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str
 
 def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
     """Ask in the application's database, where the rest will be asked, too, if there is one."""
-    values = {what: settings[what] for what in ("role", "database")}
+    values: dict[str, Any] = {"longer": LONG_WAIT, "waiters": WAITERS}
+    values |= {what: settings[what] for what in ("role", "database")}
     for what in ("role", "database"):
         values[f"{what}s"] = [settings[what], *(settings[f"{what}s"] or ())]
     try:
@@ -330,6 +364,22 @@ def missing_tables(tables: list[str], database: str) -> list[str]:
     return [row["name"] for row in _tables(tables, database) if row["owner"] is None]
 
 
+def blockers() -> list[dict[str, Any]]:
+    """
+    Name the sessions that hold others up by a lock and wait for nobody themselves.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_health.blockers
+
+    Returns what ``slmdb_session.blocking`` does. Raises ``CommandExecutionError`` if the server
+    cannot be asked.
+    """
+    return __salt__["slmdb_server.query"](BLOCKERS, {"longer": 0, "waiters": None})
+
+
 def _beside(settings: dict[str, Any]) -> list[str]:
     last = __salt__["slmdb_pillar.recorded"]() or {}
     names = ("role", "database")
@@ -368,6 +418,8 @@ def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, A
         "disk": {"data": _disk(data), "wal": _disk(os.path.join(data, "pg_wal"))},
         "oldest_transaction": server.get("oldest_transaction"),
         "oldest_prepared": server.get("oldest_prepared"),
+        "waiting": server.get("waiting"),
+        "blockers": server.get("blockers") or [],
         "transaction_id_age": server.get("transaction_id_age"),
         "checksum_failures": server.get("checksum_failures"),
     }

@@ -13,6 +13,7 @@ __virtualname__ = "slmdb_health_verdict"
 
 APPLY = "state.apply slm_database"
 OLD_TRANSACTION = 3600  # seconds; beyond it, vacuum has been kept from its work for too long
+WAIT_PROBLEM = 300  # seconds for a lock; from a minute on the report has them, as a warning
 AGE_WARNING = 1_000_000_000  # transactions; autovacuum acts at 200 million, the limit is 2^31
 AGE_PROBLEM = 1_900_000_000
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
@@ -278,8 +279,9 @@ def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield (
             False,
             f"a transaction is open for {oldest['seconds']} s: pid {oldest['pid']}, "
-            f"user {oldest['user']}, database {oldest['database']}",
+            f"user {oldest['user']}, database {oldest['database']}; {_end(oldest)}",
         )
+    yield from _blocked(capacity)
     prepared = capacity.get("oldest_prepared")
     if prepared and prepared["seconds"] > OLD_TRANSACTION:
         yield False, f"prepared transaction {prepared['name']} waits for {prepared['seconds']} s"
@@ -288,6 +290,30 @@ def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield age > AGE_PROBLEM, f"the oldest transaction id is {age} old; vacuum does not keep up"
     if capacity.get("checksum_failures"):
         yield True, f"data checksums failed {capacity['checksum_failures']} times"
+
+
+def _end(session: dict[str, Any]) -> str:
+    return f"slmdb_session.end pid={session['pid']} started='{session['started']}' ends it"
+
+
+def _blocked(capacity: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Who waits for a lock, and who is at the root of the longest wait."""
+    for row in (capacity.get("blockers") or [])[:1]:
+        if not row["pid"]:
+            holder = "a prepared transaction; ROLLBACK PREPARED or COMMIT PREPARED ends it"
+        elif row["kind"] != "client backend":
+            holder = f"pid {row['pid']}, {row['kind'] or 'which is gone'}"
+        else:
+            holder = (
+                f"pid {row['pid']}, user {row['user']}, database {row['database']}, "
+                f"{row['state']}, in a transaction for {row['seconds']} s; {_end(row)}"
+            )
+        count, longest = capacity["waiting"], row["longest_wait"]
+        words = (
+            "1 session waits for a lock," if count == 1 else f"{count} sessions wait for a lock,"
+        )
+        words += " for" if count == 1 else " the longest for"
+        yield longest >= WAIT_PROBLEM, f"{words} {longest} s, held by {holder}"
 
 
 def _connections(seen: dict[str, Any]) -> Iterator[tuple[bool, str]]:

@@ -38,6 +38,7 @@ WELL = {
     "tables": {"expected": ["nodes"], "missing": [], "forbidden": []},
     "capacity": {
         "connections": {"used": 5, "allowed": 100, "reserved": 3},
+        "waiting": 3,
         "disk": {"data": {"path": "/data", "free_bytes": 1, "free_percent": 50.0}, "wal": None},
         "oldest_transaction": None,
         "oldest_prepared": None,
@@ -65,7 +66,8 @@ WELL = {
     "fixed": [],
 }
 MATRIX = {"login": "postgres over ::1", "expected": "refused", "judged": "admitted"}
-HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000}
+HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000, "started": "T"}
+HOLDER = {**HOURS, "kind": "client backend", "waiting": 3, "longest_wait": 299}
 ELSEWHERE = {"name": "n", "value": "1", "ours": None, "danger": None, "file": "/f", "line": 3}
 OTHER_FILE = {**WELL["secret"], "file": "/r.env", "mode": "0666"}
 OTHER_FILE["wanted"] = {**OTHER_FILE["wanted"], "mode": "0600"}
@@ -156,6 +158,7 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("secret.mode", "0644", "mode is 0644, not 0640"),
         ("capacity.disk.data", {**DISK, "free_percent": 2.9}, "the disk of data (/data) has 2.9"),
         ("capacity.transaction_id_age", 1_950_000_000, "vacuum does not keep up"),
+        ("capacity.blockers", [{**HOLDER, "longest_wait": 300}], "the longest for 300 s, held by"),
         ("capacity.checksum_failures", 2, "checksums failed 2 times"),
     ],
 )
@@ -192,6 +195,15 @@ def test_a_problem(judge, path, value, words):
             "89 of the 97 connections that all may use",
         ),
         ("capacity.oldest_transaction", HOURS, "open for 4000 s: pid 7, user u, database d"),
+        ("capacity.oldest_transaction", HOURS, "; slmdb_session.end pid=7 started='T' ends it"),
+        (
+            "capacity.blockers",
+            [HOLDER, {**HOLDER, "pid": 8}],
+            "3 sessions wait for a lock, the longest for 299 s, held by pid 7, user u, database d, "
+            "idle, in a transaction for 4000 s; slmdb_session.end pid=7 started='T' ends it",
+        ),
+        ("capacity.blockers", [{**HOLDER, "pid": 0}], "299 s, held by a prepared transaction; "),
+        ("capacity.blockers", [{**HOLDER, "kind": "walsender"}], "held by pid 7, walsender"),
         ("capacity.oldest_prepared", {"name": "x", "seconds": 4000}, "prepared transaction x"),
         ("capacity.transaction_id_age", 1_100_000_000, "vacuum does not keep up"),
         ("tables.missing", ["nodes", "deployments"], "tables are missing: nodes, deployments"),
