@@ -73,6 +73,23 @@ SELECT current_setting('server_version') AS version,
        (SELECT json_build_object('name', gid, 'user', owner, 'database', database,
                'seconds', extract(epoch FROM clock_timestamp() - prepared)::bigint)
           FROM pg_prepared_xacts ORDER BY prepared LIMIT 1) AS oldest_prepared,
+       (SELECT json_build_object('holder', holder, 'age', age)
+          FROM (SELECT json_build_object('slot', slot_name) AS holder,
+                       greatest(age(xmin), age(catalog_xmin)) AS age
+                  FROM pg_get_replication_slots()
+                UNION ALL
+                SELECT json_build_object('prepared', gid), age(transaction) FROM pg_prepared_xact()
+                UNION ALL
+                SELECT json_build_object('pid', pid, 'started', to_char(backend_start {STAMP})),
+                       greatest(age(backend_xmin), age(backend_xid))
+                  FROM pg_stat_get_activity(NULL)
+                 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()) held
+         WHERE age IS NOT NULL ORDER BY age DESC LIMIT 1) AS oldest_snapshot,
+       (SELECT json_agg(json_build_object('name', slot_name, 'status', wal_status,
+               'bytes', pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+                                             ELSE pg_current_wal_lsn() END, restart_lsn)::bigint)
+               ORDER BY slot_name)
+          FROM pg_get_replication_slots() WHERE NOT active) AS idle_slots,
        (SELECT json_build_object('mode', current_setting('archive_mode'),
                'archived', last_archived_wal, 'failed', last_failed_wal,
                'archived_at', extract(epoch FROM last_archived_time)::float,
@@ -418,6 +435,8 @@ def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, A
         "disk": {"data": _disk(data), "wal": _disk(os.path.join(data, "pg_wal"))},
         "oldest_transaction": server.get("oldest_transaction"),
         "oldest_prepared": server.get("oldest_prepared"),
+        "oldest_snapshot": server.get("oldest_snapshot"),
+        "idle_slots": server.get("idle_slots") or [],
         "waiting": server.get("waiting"),
         "blockers": server.get("blockers") or [],
         "transaction_id_age": server.get("transaction_id_age"),

@@ -16,6 +16,9 @@ OLD_TRANSACTION = 3600  # seconds; beyond it, vacuum has been kept from its work
 WAIT_PROBLEM = 300  # seconds for a lock; from a minute on the report has them, as a warning
 AGE_WARNING = 1_000_000_000  # transactions; autovacuum acts at 200 million, the limit is 2^31
 AGE_PROBLEM = 1_900_000_000
+AGE_HELD = 200_000_000  # transactions; who needs none so old holds no vacuum back
+SLOT_WARNING = 1024**3  # bytes of WAL that nobody fetches
+MIB = 1024**2
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
 BUSY = 0.9  # of the connections
 # Of a role or database: what keeps it from its work or lets it do more than pillar gives.
@@ -24,6 +27,7 @@ GRAVE |= {"connections allowed"}
 # What other lines say of the application's own.
 TOLD = ("login", "valid_until", "owner")
 SHUT = ("connection_limit", "connection limit", "owner's privileges")
+PREPARED = "COMMIT PREPARED or ROLLBACK PREPARED ends it"
 OUTSIDE = "the server runs outside its unit"
 
 
@@ -287,7 +291,9 @@ def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield False, f"prepared transaction {prepared['name']} waits for {prepared['seconds']} s"
     age = capacity.get("transaction_id_age") or 0
     if age > AGE_WARNING:
-        yield age > AGE_PROBLEM, f"the oldest transaction id is {age} old; vacuum does not keep up"
+        words = f"the oldest transaction id is {age} old; vacuum does not keep up"
+        yield age > AGE_PROBLEM, f"{words}{_held_back(capacity.get('oldest_snapshot'))}"
+    yield from _slots(capacity.get("idle_slots") or [])
     if capacity.get("checksum_failures"):
         yield True, f"data checksums failed {capacity['checksum_failures']} times"
 
@@ -296,11 +302,41 @@ def _end(session: dict[str, Any]) -> str:
     return f"slmdb_session.end pid={session['pid']} started='{session['started']}' ends it"
 
 
+def _held_back(oldest: dict[str, Any] | None) -> str:
+    """Who keeps vacuum from its work, with what ends that."""
+    if not oldest or oldest["age"] < AGE_HELD:
+        return ""
+    holder = oldest["holder"]
+    if "slot" in holder:
+        who = f"replication slot {holder['slot']}; {_drop(holder['slot'])}"
+    elif "prepared" in holder:
+        who = f"prepared transaction {holder['prepared']}; {PREPARED}"
+    else:
+        who = f"pid {holder['pid']}; {_end(holder)}"
+    return f", held back at {oldest['age']} by {who}"
+
+
+def _drop(slot: str) -> str:
+    return f"SELECT pg_drop_replication_slot('{slot}') drops it"
+
+
+def _slots(idle: list[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
+    for slot in idle:
+        name, status = slot["name"], slot["status"]
+        if status in ("unreserved", "lost"):
+            words = f"has lost WAL that its client needs, or is about to ({status})"
+        elif (slot["bytes"] or 0) >= SLOT_WARNING:
+            words = f"keeps {slot['bytes'] // MIB} MiB of WAL on the disk"
+        else:
+            continue
+        yield False, f"replication slot {name}, which nobody uses, {words}; {_drop(name)}"
+
+
 def _blocked(capacity: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """Who waits for a lock, and who is at the root of the longest wait."""
     for row in (capacity.get("blockers") or [])[:1]:
         if not row["pid"]:
-            holder = "a prepared transaction; ROLLBACK PREPARED or COMMIT PREPARED ends it"
+            holder = f"a prepared transaction; {PREPARED}"
         elif row["kind"] != "client backend":
             holder = f"pid {row['pid']}, {row['kind'] or 'which is gone'}"
         else:

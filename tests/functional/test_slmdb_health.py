@@ -729,6 +729,37 @@ def test_sessions_that_wait_for_a_lock(minion, monkeypatch):
     assert ask(minion)["capacity"]["waiting"] == 0
 
 
+def test_a_replication_slot_that_nobody_uses(minion, monkeypatch):
+    """It keeps WAL for ever; the line has what drops it."""
+    execute(minion, "SELECT pg_create_physical_replication_slot('abandoned', true)")
+    try:
+        for _ in range(2):
+            execute(minion, "SELECT pg_logical_emit_message(false, '', 'x'), pg_switch_wal()")
+        assert "abandoned" not in " ".join(ask(minion)["warnings"])
+        where = minion.modules["slmdb_health_verdict.judge"].func.__globals__
+        monkeypatch.setitem(where, "SLOT_WARNING", 2**20)
+        answer = ask(minion)
+        (line,) = [line for line in answer["warnings"] if "slot abandoned" in line]
+        assert answer["healthy"] and "MiB of WAL on the disk" in line
+    finally:
+        drop = "SELECT pg_drop_replication_slot('abandoned')"
+        execute(minion, drop)
+    assert line.endswith(f"; {drop} drops it")
+    assert ask(minion)["capacity"]["idle_slots"] == []
+
+
+def test_the_oldest_snapshot_is_known(minion):
+    """Of a session that reads as of long ago."""
+    with psycopg2.connect(host="/var/run/postgresql", user="postgres", dbname="postgres") as reader:
+        reader.set_session(isolation_level="REPEATABLE READ")
+        reader.cursor().execute("SELECT 1")
+        for _ in range(3):
+            execute(minion, "SELECT pg_current_xact_id()")
+        oldest = ask(minion)["capacity"]["oldest_snapshot"]
+        assert oldest["holder"]["pid"] == reader.info.backend_pid and oldest["age"] >= 3
+    reader.close()
+
+
 def test_another_server_at_our_socket(minion):
     """It answers pg_isready as well as ours would."""
     minion.call("slmdb_service.stop")

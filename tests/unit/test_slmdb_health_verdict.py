@@ -67,6 +67,7 @@ WELL = {
 }
 MATRIX = {"login": "postgres over ::1", "expected": "refused", "judged": "admitted"}
 HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000, "started": "T"}
+SLOT = {"name": "s", "status": "extended", "bytes": None}
 HOLDER = {**HOURS, "kind": "client backend", "waiting": 3, "longest_wait": 299}
 ELSEWHERE = {"name": "n", "value": "1", "ours": None, "danger": None, "file": "/f", "line": 3}
 OTHER_FILE = {**WELL["secret"], "file": "/r.env", "mode": "0666"}
@@ -202,6 +203,13 @@ def test_a_problem(judge, path, value, words):
             "3 sessions wait for a lock, the longest for 299 s, held by pid 7, user u, database d, "
             "idle, in a transaction for 4000 s; slmdb_session.end pid=7 started='T' ends it",
         ),
+        (
+            "capacity.idle_slots",
+            [{**SLOT, "bytes": 1}, {**SLOT, "bytes": 2**30}],
+            "replication slot s, which nobody uses, keeps 1024 MiB of WAL on the disk; "
+            "SELECT pg_drop_replication_slot('s') drops it",
+        ),
+        ("capacity.idle_slots", [{**SLOT, "status": "lost"}], "has lost WAL that its client needs"),
         ("capacity.blockers", [{**HOLDER, "pid": 0}], "299 s, held by a prepared transaction; "),
         ("capacity.blockers", [{**HOLDER, "kind": "walsender"}], "held by pid 7, walsender"),
         ("capacity.oldest_prepared", {"name": "x", "seconds": 4000}, "prepared transaction x"),
@@ -239,6 +247,23 @@ def test_a_warning(judge, path, value, words):
     said = judge(path, value)
     assert said["problems"] == []
     assert any(words in line for line in said["warnings"]), said
+
+
+@pytest.mark.parametrize(
+    ("holder", "words"),
+    [
+        ({"slot": "s"}, "replication slot s; SELECT pg_drop_replication_slot('s') drops it"),
+        ({"prepared": "x"}, "prepared transaction x; COMMIT PREPARED or ROLLBACK PREPARED ends it"),
+        ({"pid": 7, "started": "T"}, "pid 7; slmdb_session.end pid=7 started='T' ends it"),
+    ],
+)
+def test_who_keeps_vacuum_from_its_work_is_named(judge, holder, words):
+    """If it is why ids are old; a short transaction is not."""
+    for age, more in ((900_000_000, f", held back at 900000000 by {words}"), (5, "")):
+        capacity = {"transaction_id_age": 1_100_000_000}
+        capacity["oldest_snapshot"] = {"holder": holder, "age": age}
+        (line,) = judge("capacity", capacity)["warnings"]
+        assert line.endswith(f"1100000000 old; vacuum does not keep up{more}")
 
 
 @pytest.mark.parametrize(
