@@ -66,8 +66,6 @@ SELECT current_setting('server_version') AS version,
        current_setting('superuser_reserved_connections')::int
        + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
        activity.used, activity.oldest_transaction, activity.waiting,
-       CASE WHEN activity.waiting > 0
-            THEN (SELECT json_agg(b) FROM ({BLOCKERS}) b) END AS blockers,
        (SELECT max(age(datfrozenxid)) FROM pg_database) AS transaction_id_age,
        (SELECT sum(checksum_failures)::bigint FROM pg_stat_database) AS checksum_failures,
        (SELECT json_build_object('name', gid, 'user', owner, 'database', database,
@@ -309,8 +307,7 @@ def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str
 
 def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
     """Ask in the application's database, where the rest will be asked, too, if there is one."""
-    values: dict[str, Any] = {"longer": LONG_WAIT, "waiters": WAITERS}
-    values |= {what: settings[what] for what in ("role", "database")}
+    values = {what: settings[what] for what in ("role", "database")}
     for what in ("role", "database"):
         values[f"{what}s"] = [settings[what], *(settings[f"{what}s"] or ())]
     try:
@@ -381,6 +378,11 @@ def missing_tables(tables: list[str], database: str) -> list[str]:
     return [row["name"] for row in _tables(tables, database) if row["owner"] is None]
 
 
+def _blockers(longer: int, waiters: int | None) -> list[dict[str, Any]]:
+    """If anybody waits so many seconds, for whom all do; of so many who wait, or of all."""
+    return __salt__["slmdb_server.query"](BLOCKERS, {"longer": longer, "waiters": waiters})
+
+
 def blockers() -> list[dict[str, Any]]:
     """
     Name the sessions that hold others up by a lock and wait for nobody themselves.
@@ -394,7 +396,7 @@ def blockers() -> list[dict[str, Any]]:
     Returns what ``slmdb_session.blocking`` does. Raises ``CommandExecutionError`` if the server
     cannot be asked.
     """
-    return __salt__["slmdb_server.query"](BLOCKERS, {"longer": 0, "waiters": None})
+    return _blockers(0, None)
 
 
 def _beside(settings: dict[str, Any]) -> list[str]:
@@ -569,6 +571,8 @@ def _fill(
     with _deadline(first) as until:
         isready, row = _knock(parts, settings, found, first)
         until(moment if row else time.monotonic())
+        if row.get("waiting"):  # mostly nobody does, and planning it takes milliseconds
+            row["blockers"] = parts.get("locks", _blockers, LONG_WAIT, WAITERS)
         if row.get("owner"):
             inside = parts.get("database", _about_database, settings, moment, default={})
             for what in ("missing", "forbidden"):
