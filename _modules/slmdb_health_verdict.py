@@ -335,21 +335,22 @@ def _slots(idle: list[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
 def _blocked(capacity: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """Who waits for a lock, and who is at the root of the longest wait."""
     for row in (capacity.get("blockers") or [])[:1]:
-        if not row["pid"]:
-            holder = f"a prepared transaction; {PREPARED}"
-        elif row["kind"] != "client backend":
-            holder = f"pid {row['pid']}, {row['kind'] or 'which is gone'}"
-        else:
-            holder = (
-                f"pid {row['pid']}, user {row['user']}, database {row['database']}, "
-                f"{row['state']}, in a transaction for {row['seconds']} s; {_end(row)}"
-            )
         count, longest = capacity["waiting"], row["longest_wait"]
-        words = (
-            "1 session waits for a lock," if count == 1 else f"{count} sessions wait for a lock,"
-        )
-        words += " for" if count == 1 else " the longest for"
-        yield longest >= WAIT_PROBLEM, f"{words} {longest} s, held by {holder}"
+        words = f"{count} sessions wait for a lock, the longest for"
+        if count == 1:
+            words = "1 session waits for a lock, for"
+        yield longest >= WAIT_PROBLEM, f"{words} {longest} s, held by {_holder(row)}"
+
+
+def _holder(row: dict[str, Any]) -> str:
+    if not row["pid"]:
+        return f"a prepared transaction; {PREPARED}"
+    if row["kind"] != "client backend":
+        return f"pid {row['pid']}, {row['kind'] or 'which is gone'}"
+    words = f"pid {row['pid']}, user {row['user']}, database {row['database']}, {row['state']}"
+    if row["seconds"] is not None:  # a lock by pg_advisory_lock needs no transaction
+        words += f", in a transaction for {row['seconds']} s"
+    return f"{words}; {_end(row)}"
 
 
 def _connections(seen: dict[str, Any]) -> Iterator[tuple[bool, str]]:

@@ -30,6 +30,7 @@ def minion(shared_server):
     """A server that lets the application in, with a table of it."""
     for noun in ("slmdb_role", "slmdb_database", "slmdb_secret", "slmdb_config", "slmdb_access"):
         shared_server.call(f"{noun}.apply")
+    shared_server.call("slmdb_server.execute", "ALTER SYSTEM SET max_prepared_transactions = 2")
     shared_server.call("slmdb_service.restart")
     with session() as owner, owner.cursor() as cursor:
         cursor.execute("CREATE TABLE nodes (id int)")
@@ -121,6 +122,18 @@ def test_who_holds_others_up_is_named_and_ended(minion):
         with pytest.raises(psycopg2.OperationalError):
             execute(holder, "SELECT 1")
     assert minion.call("slmdb_session.blocking") == []
+
+
+def test_a_prepared_transaction_has_no_session(minion):
+    """Nor has it a pid: 0 stands for all of them."""
+    with session() as holder:
+        execute(holder, "LOCK TABLE nodes; PREPARE TRANSACTION 'left'")
+    with session() as other:
+        other.autocommit = True
+        with waiting(minion, "SELECT 1 FROM nodes"):
+            (row,) = minion.call("slmdb_session.blocking")
+            assert (row["pid"], row["kind"], row["waiting"]) == (0, None, 1)
+            execute(other, "ROLLBACK PREPARED 'left'")
 
 
 def test_a_statement_is_cancelled_before_its_session_ends(minion):

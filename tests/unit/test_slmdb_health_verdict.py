@@ -211,6 +211,7 @@ def test_a_problem(judge, path, value, words):
         ),
         ("capacity.idle_slots", [{**SLOT, "status": "lost"}], "has lost WAL that its client needs"),
         ("capacity.blockers", [{**HOLDER, "pid": 0}], "299 s, held by a prepared transaction; "),
+        ("capacity.blockers", [{**HOLDER, "seconds": None}], "database d, idle; slmdb_session.end"),
         ("capacity.blockers", [{**HOLDER, "kind": "walsender"}], "held by pid 7, walsender"),
         ("capacity.oldest_prepared", {"name": "x", "seconds": 4000}, "prepared transaction x"),
         ("capacity.transaction_id_age", 1_100_000_000, "vacuum does not keep up"),
