@@ -26,21 +26,68 @@ __virtualname__ = "slmdb_health"
 # many files that the report would come late.
 LARGE_CATALOGUE = 1024 * 1024
 LATE = "the server did not answer in time"
+# Shorter waits for a lock are a busy application's own affair. Of very many who wait a report looks
+# at those who waited longest.
+LONG_WAIT = 60  # seconds
+WAITERS = 100
 
-SERVER = """
+STAMP = """AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'"""
+# Who holds others up and waits for nobody, with all who wait behind; 0 is a prepared transaction.
+BLOCKERS = f"""
+WITH RECURSIVE waiting AS (
+       SELECT pid, min(waitstart) AS since FROM pg_locks WHERE NOT granted GROUP BY pid
+     ), edges AS (
+       SELECT pid, since, unnest(pg_blocking_pids(pid)) AS blocker
+         FROM (SELECT * FROM waiting ORDER BY since LIMIT %(waiters)s) longest
+        WHERE (SELECT min(since) FROM waiting)
+              <= clock_timestamp() - make_interval(secs => %(longer)s)
+     ), behind AS (
+       SELECT blocker AS root, pid, since FROM edges
+        WHERE blocker NOT IN (SELECT pid FROM waiting)
+       UNION
+       SELECT root, edges.pid, edges.since FROM behind JOIN edges ON edges.blocker = behind.pid
+     )
+SELECT root AS pid, pg_get_userbyid(usesysid) AS user,
+       (SELECT datname FROM pg_database WHERE oid = datid) AS database,
+       application_name, backend_type AS kind, state,
+       extract(epoch FROM clock_timestamp() - xact_start)::bigint AS seconds,
+       to_char(backend_start {STAMP}) AS started, waiting, longest_wait
+  FROM (SELECT root, count(DISTINCT pid) AS waiting,
+               extract(epoch FROM clock_timestamp() - min(since))::bigint AS longest_wait
+          FROM behind GROUP BY root) roots
+  LEFT JOIN pg_stat_get_activity(NULL) a ON a.pid = root
+ ORDER BY longest_wait DESC, seconds DESC
+"""
+SERVER = f"""
 SELECT current_setting('server_version') AS version,
-       to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC',
-               'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS started,
+       to_char(pg_postmaster_start_time() {STAMP}) AS started,
        pg_is_in_recovery() AS in_recovery,
        current_setting('max_connections')::int AS allowed,
        current_setting('superuser_reserved_connections')::int
        + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
-       activity.used, activity.oldest_transaction,
+       activity.used, activity.oldest_transaction, activity.waiting,
        (SELECT max(age(datfrozenxid)) FROM pg_database) AS transaction_id_age,
        (SELECT sum(checksum_failures)::bigint FROM pg_stat_database) AS checksum_failures,
        (SELECT json_build_object('name', gid, 'user', owner, 'database', database,
                'seconds', extract(epoch FROM clock_timestamp() - prepared)::bigint)
           FROM pg_prepared_xacts ORDER BY prepared LIMIT 1) AS oldest_prepared,
+       (SELECT json_build_object('holder', holder, 'age', age)
+          FROM (SELECT json_build_object('slot', slot_name) AS holder,
+                       greatest(age(xmin), age(catalog_xmin)) AS age
+                  FROM pg_get_replication_slots()
+                UNION ALL
+                SELECT json_build_object('prepared', gid), age(transaction) FROM pg_prepared_xact()
+                UNION ALL
+                SELECT json_build_object('pid', pid, 'started', to_char(backend_start {STAMP})),
+                       greatest(age(backend_xmin), age(backend_xid))
+                  FROM pg_stat_get_activity(NULL)
+                 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()) held
+         WHERE age IS NOT NULL ORDER BY age DESC LIMIT 1) AS oldest_snapshot,
+       (SELECT json_agg(json_build_object('name', slot_name, 'status', wal_status,
+               'bytes', pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+                                             ELSE pg_current_wal_lsn() END, restart_lsn)::bigint)
+               ORDER BY slot_name)
+          FROM pg_get_replication_slots() WHERE NOT active) AS idle_slots,
        (SELECT json_build_object('mode', current_setting('archive_mode'),
                'archived', last_archived_wal, 'failed', last_failed_wal,
                'archived_at', extract(epoch FROM last_archived_time)::float,
@@ -67,12 +114,13 @@ SELECT current_setting('server_version') AS version,
        ARRAY(SELECT rolname::text FROM pg_roles
               WHERE oid <> 10 AND rolname !~ '^pg_' AND NOT rolname = ANY(%(roles)s)
               ORDER BY 1) AS other_roles
-  FROM (SELECT count(*) AS used,
+  FROM (SELECT count(*) AS used, count(*) FILTER (WHERE wait_event_type = 'Lock') AS waiting,
                (array_agg(json_build_object(
                        'pid', pid, 'user', pg_get_userbyid(usesysid),
                        'database', (SELECT datname FROM pg_database WHERE oid = datid),
                        'state', state,
-                       'seconds', extract(epoch FROM clock_timestamp() - xact_start)::bigint)
+                       'seconds', extract(epoch FROM clock_timestamp() - xact_start)::bigint,
+                       'started', to_char(backend_start {STAMP}))
                    ORDER BY xact_start)
                 FILTER (WHERE xact_start IS NOT NULL AND pid <> pg_backend_pid())
                )[1] AS oldest_transaction
@@ -330,6 +378,27 @@ def missing_tables(tables: list[str], database: str) -> list[str]:
     return [row["name"] for row in _tables(tables, database) if row["owner"] is None]
 
 
+def _blockers(longer: int, waiters: int | None) -> list[dict[str, Any]]:
+    """If anybody waits so many seconds, for whom all do; of so many who wait, or of all."""
+    return __salt__["slmdb_server.query"](BLOCKERS, {"longer": longer, "waiters": waiters})
+
+
+def blockers() -> list[dict[str, Any]]:
+    """
+    Name the sessions that hold others up by a lock and wait for nobody themselves.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_health.blockers
+
+    Returns what ``slmdb_session.blocking`` does. Raises ``CommandExecutionError`` if the server
+    cannot be asked.
+    """
+    return _blockers(0, None)
+
+
 def _beside(settings: dict[str, Any]) -> list[str]:
     last = __salt__["slmdb_pillar.recorded"]() or {}
     names = ("role", "database")
@@ -368,6 +437,10 @@ def _capacity(found: dict[str, Any], server: dict[str, Any], inside: dict[str, A
         "disk": {"data": _disk(data), "wal": _disk(os.path.join(data, "pg_wal"))},
         "oldest_transaction": server.get("oldest_transaction"),
         "oldest_prepared": server.get("oldest_prepared"),
+        "oldest_snapshot": server.get("oldest_snapshot"),
+        "idle_slots": server.get("idle_slots") or [],
+        "waiting": server.get("waiting"),
+        "blockers": server.get("blockers") or [],
         "transaction_id_age": server.get("transaction_id_age"),
         "checksum_failures": server.get("checksum_failures"),
     }
@@ -499,6 +572,8 @@ def _fill(
     with _deadline(first) as until:
         isready, row = _knock(parts, settings, found, first)
         until(moment if row else time.monotonic())
+        if row.get("waiting"):  # mostly nobody does, and planning it takes milliseconds
+            row["blockers"] = parts.get("locks", _blockers, LONG_WAIT, WAITERS)
         if row.get("owner"):
             inside = parts.get("database", _about_database, settings, moment, default={})
             for what in ("missing", "forbidden"):

@@ -13,8 +13,12 @@ __virtualname__ = "slmdb_health_verdict"
 
 APPLY = "state.apply slm_database"
 OLD_TRANSACTION = 3600  # seconds; beyond it, vacuum has been kept from its work for too long
+WAIT_PROBLEM = 300  # seconds for a lock; from a minute on the report has them, as a warning
 AGE_WARNING = 1_000_000_000  # transactions; autovacuum acts at 200 million, the limit is 2^31
 AGE_PROBLEM = 1_900_000_000
+AGE_HELD = 200_000_000  # transactions; who needs none so old holds no vacuum back
+SLOT_WARNING = 1024**3  # bytes of WAL that nobody fetches
+MIB = 1024**2
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
 BUSY = 0.9  # of the connections
 # Of a role or database: what keeps it from its work or lets it do more than pillar gives.
@@ -23,6 +27,7 @@ GRAVE |= {"connections allowed"}
 # What other lines say of the application's own.
 TOLD = ("login", "valid_until", "owner")
 SHUT = ("connection_limit", "connection limit", "owner's privileges")
+PREPARED = "COMMIT PREPARED or ROLLBACK PREPARED ends it"
 OUTSIDE = "the server runs outside its unit"
 
 
@@ -278,16 +283,74 @@ def _capacity(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield (
             False,
             f"a transaction is open for {oldest['seconds']} s: pid {oldest['pid']}, "
-            f"user {oldest['user']}, database {oldest['database']}",
+            f"user {oldest['user']}, database {oldest['database']}; {_end(oldest)}",
         )
+    yield from _blocked(capacity)
     prepared = capacity.get("oldest_prepared")
     if prepared and prepared["seconds"] > OLD_TRANSACTION:
         yield False, f"prepared transaction {prepared['name']} waits for {prepared['seconds']} s"
     age = capacity.get("transaction_id_age") or 0
     if age > AGE_WARNING:
-        yield age > AGE_PROBLEM, f"the oldest transaction id is {age} old; vacuum does not keep up"
+        words = f"the oldest transaction id is {age} old; vacuum does not keep up"
+        yield age > AGE_PROBLEM, f"{words}{_held_back(capacity.get('oldest_snapshot'))}"
+    yield from _slots(capacity.get("idle_slots") or [])
     if capacity.get("checksum_failures"):
         yield True, f"data checksums failed {capacity['checksum_failures']} times"
+
+
+def _end(session: dict[str, Any]) -> str:
+    return f"slmdb_session.end pid={session['pid']} started='{session['started']}' ends it"
+
+
+def _held_back(oldest: dict[str, Any] | None) -> str:
+    """Who keeps vacuum from its work, with what ends that."""
+    if not oldest or oldest["age"] < AGE_HELD:
+        return ""
+    holder = oldest["holder"]
+    if "slot" in holder:
+        who = f"replication slot {holder['slot']}; {_drop(holder['slot'])}"
+    elif "prepared" in holder:
+        who = f"prepared transaction {holder['prepared']}; {PREPARED}"
+    else:
+        who = f"pid {holder['pid']}; {_end(holder)}"
+    return f", held back at {oldest['age']} by {who}"
+
+
+def _drop(slot: str) -> str:
+    return f"SELECT pg_drop_replication_slot('{slot}') drops it"
+
+
+def _slots(idle: list[dict[str, Any]]) -> Iterator[tuple[bool, str]]:
+    for slot in idle:
+        name, status = slot["name"], slot["status"]
+        if status in ("unreserved", "lost"):
+            words = f"has lost WAL that its client needs, or is about to ({status})"
+        elif (slot["bytes"] or 0) >= SLOT_WARNING:
+            words = f"keeps {slot['bytes'] // MIB} MiB of WAL on the disk"
+        else:
+            continue
+        yield False, f"replication slot {name}, which nobody uses, {words}; {_drop(name)}"
+
+
+def _blocked(capacity: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Who waits for a lock, and who is at the root of the longest wait."""
+    for row in (capacity.get("blockers") or [])[:1]:
+        count, longest = capacity["waiting"], row["longest_wait"]
+        words = f"{count} sessions wait for a lock, the longest for"
+        if count == 1:
+            words = "1 session waits for a lock, for"
+        yield longest >= WAIT_PROBLEM, f"{words} {longest} s, held by {_holder(row)}"
+
+
+def _holder(row: dict[str, Any]) -> str:
+    if not row["pid"]:
+        return f"a prepared transaction; {PREPARED}"
+    if row["kind"] != "client backend":
+        return f"pid {row['pid']}, {row['kind'] or 'which is gone'}"
+    words = f"pid {row['pid']}, user {row['user']}, database {row['database']}, {row['state']}"
+    if row["seconds"] is not None:  # a lock by pg_advisory_lock needs no transaction
+        words += f", in a transaction for {row['seconds']} s"
+    return f"{words}; {_end(row)}"
 
 
 def _connections(seen: dict[str, Any]) -> Iterator[tuple[bool, str]]:

@@ -236,6 +236,11 @@ _KINDS: dict[str, _Kind] = {
         _matches(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f:.]{2,45}"),
     ),
     "identifier": _Kind("a name", _NAME, _is_identifier),
+    "instant": _Kind(
+        "a moment",
+        "UTC to the second, such as 2026-11-23T20:15:00Z",
+        _matches(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"),
+    ),
     "integer": _Kind("in range", "a whole number from {} to {}", _is_integer),
     "listen_address": _Kind(
         "an address to listen on",

@@ -25,13 +25,14 @@ LOCK = "/var/lib/autobot-slm-database/maintenance.lock"
 TRANSACTIONS = """
 SELECT pid::text AS who, usename AS user, datname AS database, state,
        to_char(query_start, 'YYYY-MM-DD HH24:MI:SS TZ') AS since,
+       to_char(backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS started,
        extract(epoch FROM clock_timestamp() - xact_start)::int AS seconds
   FROM pg_stat_activity
  WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
    AND xact_start < clock_timestamp() - make_interval(secs => %(long)s)
 UNION ALL
 SELECT 'prepared ' || gid, owner, database, 'prepared',
-       to_char(prepared, 'YYYY-MM-DD HH24:MI:SS TZ'),
+       to_char(prepared, 'YYYY-MM-DD HH24:MI:SS TZ'), NULL,
        extract(epoch FROM clock_timestamp() - prepared)::int
   FROM pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs => %(long)s)
  ORDER BY seconds DESC
@@ -131,6 +132,7 @@ def transactions(longer: int = LONG) -> list[str]:
         f"{'' if row['state'] == 'prepared' else 'pid '}{row['who']}, user {row['user']}, "
         f"database {row['database']}, {row['state']}, query began {row['since']}, "
         f"open for {row['seconds']} s"
+        + (f", session began {row['started']}" if row["started"] else "")
         for row in __salt__["slmdb_server.query"](TRANSACTIONS, {"long": longer})
     ]
 

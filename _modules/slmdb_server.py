@@ -63,7 +63,7 @@ def _line(err: Exception) -> str:
     """The server's own words, without the statement that str() of the error would quote."""
     primary = getattr(getattr(err, "diag", None), "message_primary", None)
     if primary and getattr(err, "pgcode", None) == "55P03":
-        return f"{primary}: somebody has it locked; slmdb.health shows the oldest transaction"
+        return f"{primary}: somebody has it locked; slmdb_session.blocking says who"
     if primary:
         return primary
     if isinstance(err, _driver().OperationalError) and not getattr(err, "pgcode", None):

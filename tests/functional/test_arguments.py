@@ -25,6 +25,14 @@ WRONG = [
     *(("slmdb_backup.drill", {"repository": value}, "allowed: 1") for value in (7, "1", [1])),
     *(("slmdb_secret.fingerprint", {"file": value}, "path") for value in (5, "a b", [1], "")),
     ("slmdb_secret.fingerprint", {"file": "/nope"}, "there is no file /nope"),
+    *(
+        ("slmdb_session.end", {"pid": value, "started": "2026-11-23T20:15:00Z"}, "1 to 4194304")
+        for value in (0, 2**22 + 1, "1; x", [1], None, True, 2.5)
+    ),
+    *(
+        ("slmdb_session.end", {"started": value, "pid": 1}, "UTC to the second")
+        for value in ("now", "2026-11-23", 5, None, [1])
+    ),
     *(("slmdb_pending.end_of_life", {"today": value}, "2027-06-01") for value in (5, "x", [1])),
 ]
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import psycopg2
+import psycopg2.extras
 import pytest
 from salt.exceptions import CommandExecutionError
 
@@ -680,6 +681,76 @@ def test_an_application_that_gets_no_connection(minion):
                 session = psycopg2.connect(host="/var/run/postgresql", **login)
                 held.callback(session.close)
         assert "connections that all may use are used: nobody else gets in" in problems(minion)
+
+
+def test_sessions_that_wait_for_a_lock(minion, monkeypatch):
+    """A warning from a minute on, with who holds them up and what ends that; then a problem."""
+    execute(minion, "CREATE TABLE held (id int)", "autobot_slm")
+    login = {"user": "autobot_slm", "dbname": "autobot_slm", "host": "/var/run/postgresql"}
+    holder, waiter = psycopg2.connect(**login), psycopg2.connect(**login, async_=True)
+    execute(minion, "GRANT ALL ON held TO autobot_slm", "autobot_slm")
+    for names, constant in (
+        ("health.report", "LONG_WAIT"),
+        ("health_verdict.judge", "WAIT_PROBLEM"),
+    ):
+        where = minion.modules[f"slmdb_{names}"].func.__globals__
+        monkeypatch.setitem(where, constant, where[constant])
+    try:
+        holder.cursor().execute("SELECT 'canary' FROM held; LOCK TABLE held")
+        psycopg2.extras.wait_select(waiter)
+        waiter.cursor().execute("SELECT 1 FROM held")
+        time.sleep(1.1)
+        answer = ask(minion)
+        assert answer["capacity"]["waiting"] == 1 and answer["capacity"]["blockers"] == []
+        assert "lock" not in " | ".join(answer["problems"] + answer["warnings"])
+        minion.modules["slmdb_health.report"].func.__globals__["LONG_WAIT"] = 1
+        answer = ask(minion)
+        (row,) = answer["capacity"]["blockers"]
+        assert row["pid"] == holder.info.backend_pid and "canary" not in json.dumps(answer)
+        (line,) = [one for one in answer["warnings"] if "lock" in one]
+        assert (
+            answer["healthy"] and f"1 session waits for a lock, for {row['longest_wait']} s" in line
+        )
+        end = f"slmdb_session.end pid={row['pid']} started='{row['started']}' ends it"
+        assert line.endswith(end)
+        minion.modules["slmdb_health_verdict.judge"].func.__globals__["WAIT_PROBLEM"] = 1
+        assert f"held by pid {row['pid']}, user autobot_slm" in problems(minion)
+    finally:
+        holder.close()
+        waiter.close()
+        execute(minion, "DROP TABLE held", "autobot_slm")
+    assert ask(minion)["capacity"]["waiting"] == 0
+
+
+def test_a_replication_slot_that_nobody_uses(minion, monkeypatch):
+    """It keeps WAL for ever; the line has what drops it."""
+    execute(minion, "SELECT pg_create_physical_replication_slot('abandoned', true)")
+    try:
+        for _ in range(2):
+            execute(minion, "SELECT pg_logical_emit_message(false, '', 'x'), pg_switch_wal()")
+        assert "abandoned" not in " ".join(ask(minion)["warnings"])
+        where = minion.modules["slmdb_health_verdict.judge"].func.__globals__
+        monkeypatch.setitem(where, "SLOT_WARNING", 2**20)
+        answer = ask(minion)
+        (line,) = [line for line in answer["warnings"] if "slot abandoned" in line]
+        assert answer["healthy"] and "MiB of WAL on the disk" in line
+    finally:
+        drop = "SELECT pg_drop_replication_slot('abandoned')"
+        execute(minion, drop)
+    assert line.endswith(f"; {drop} drops it")
+    assert ask(minion)["capacity"]["idle_slots"] == []
+
+
+def test_the_oldest_snapshot_is_known(minion):
+    """Of a session that reads as of long ago."""
+    with psycopg2.connect(host="/var/run/postgresql", user="postgres", dbname="postgres") as reader:
+        reader.set_session(isolation_level="REPEATABLE READ")
+        reader.cursor().execute("SELECT 1")
+        for _ in range(3):
+            execute(minion, "SELECT pg_current_xact_id()")
+        oldest = ask(minion)["capacity"]["oldest_snapshot"]
+        assert oldest["holder"]["pid"] == reader.info.backend_pid and oldest["age"] >= 3
+    reader.close()
 
 
 def test_another_server_at_our_socket(minion):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import re
 import shutil
 import subprocess
 import time
@@ -188,6 +189,7 @@ def test_a_long_transaction_is_named_and_left_alone(parked):
     stopped = parked.state("slmdb_maintenance.done", long_transaction=1)
     assert (stopped.result, stopped.changes) == (False, {})
     assert f"pid {pid}, user postgres" in stopped.comment and "a secret" not in stopped.comment
+    assert re.search(r"session began \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", stopped.comment)
     assert "Not done: long transactions, backup, update, restart" in stopped.comment
     assert started(parked) == before and connection.closed == 0
     connection.close()

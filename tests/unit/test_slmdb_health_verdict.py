@@ -38,6 +38,7 @@ WELL = {
     "tables": {"expected": ["nodes"], "missing": [], "forbidden": []},
     "capacity": {
         "connections": {"used": 5, "allowed": 100, "reserved": 3},
+        "waiting": 3,
         "disk": {"data": {"path": "/data", "free_bytes": 1, "free_percent": 50.0}, "wal": None},
         "oldest_transaction": None,
         "oldest_prepared": None,
@@ -65,7 +66,9 @@ WELL = {
     "fixed": [],
 }
 MATRIX = {"login": "postgres over ::1", "expected": "refused", "judged": "admitted"}
-HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000}
+HOURS = {"pid": 7, "user": "u", "database": "d", "state": "idle", "seconds": 4000, "started": "T"}
+SLOT = {"name": "s", "status": "extended", "bytes": None}
+HOLDER = {**HOURS, "kind": "client backend", "waiting": 3, "longest_wait": 299}
 ELSEWHERE = {"name": "n", "value": "1", "ours": None, "danger": None, "file": "/f", "line": 3}
 OTHER_FILE = {**WELL["secret"], "file": "/r.env", "mode": "0666"}
 OTHER_FILE["wanted"] = {**OTHER_FILE["wanted"], "mode": "0600"}
@@ -156,6 +159,7 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
         ("secret.mode", "0644", "mode is 0644, not 0640"),
         ("capacity.disk.data", {**DISK, "free_percent": 2.9}, "the disk of data (/data) has 2.9"),
         ("capacity.transaction_id_age", 1_950_000_000, "vacuum does not keep up"),
+        ("capacity.blockers", [{**HOLDER, "longest_wait": 300}], "the longest for 300 s, held by"),
         ("capacity.checksum_failures", 2, "checksums failed 2 times"),
     ],
 )
@@ -192,6 +196,23 @@ def test_a_problem(judge, path, value, words):
             "89 of the 97 connections that all may use",
         ),
         ("capacity.oldest_transaction", HOURS, "open for 4000 s: pid 7, user u, database d"),
+        ("capacity.oldest_transaction", HOURS, "; slmdb_session.end pid=7 started='T' ends it"),
+        (
+            "capacity.blockers",
+            [HOLDER, {**HOLDER, "pid": 8}],
+            "3 sessions wait for a lock, the longest for 299 s, held by pid 7, user u, database d, "
+            "idle, in a transaction for 4000 s; slmdb_session.end pid=7 started='T' ends it",
+        ),
+        (
+            "capacity.idle_slots",
+            [{**SLOT, "bytes": 1}, {**SLOT, "bytes": 2**30}],
+            "replication slot s, which nobody uses, keeps 1024 MiB of WAL on the disk; "
+            "SELECT pg_drop_replication_slot('s') drops it",
+        ),
+        ("capacity.idle_slots", [{**SLOT, "status": "lost"}], "has lost WAL that its client needs"),
+        ("capacity.blockers", [{**HOLDER, "pid": 0}], "299 s, held by a prepared transaction; "),
+        ("capacity.blockers", [{**HOLDER, "seconds": None}], "database d, idle; slmdb_session.end"),
+        ("capacity.blockers", [{**HOLDER, "kind": "walsender"}], "held by pid 7, walsender"),
         ("capacity.oldest_prepared", {"name": "x", "seconds": 4000}, "prepared transaction x"),
         ("capacity.transaction_id_age", 1_100_000_000, "vacuum does not keep up"),
         ("tables.missing", ["nodes", "deployments"], "tables are missing: nodes, deployments"),
@@ -227,6 +248,23 @@ def test_a_warning(judge, path, value, words):
     said = judge(path, value)
     assert said["problems"] == []
     assert any(words in line for line in said["warnings"]), said
+
+
+@pytest.mark.parametrize(
+    ("holder", "words"),
+    [
+        ({"slot": "s"}, "replication slot s; SELECT pg_drop_replication_slot('s') drops it"),
+        ({"prepared": "x"}, "prepared transaction x; COMMIT PREPARED or ROLLBACK PREPARED ends it"),
+        ({"pid": 7, "started": "T"}, "pid 7; slmdb_session.end pid=7 started='T' ends it"),
+    ],
+)
+def test_who_keeps_vacuum_from_its_work_is_named(judge, holder, words):
+    """If it is why ids are old; a short transaction is not."""
+    for age, more in ((900_000_000, f", held back at 900000000 by {words}"), (5, "")):
+        capacity = {"transaction_id_age": 1_100_000_000}
+        capacity["oldest_snapshot"] = {"holder": holder, "age": age}
+        (line,) = judge("capacity", capacity)["warnings"]
+        assert line.endswith(f"1100000000 old; vacuum does not keep up{more}")
 
 
 @pytest.mark.parametrize(
