@@ -19,7 +19,7 @@ DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
 BUSY = 0.9  # of the connections
 # Of a role or database: what keeps it from its work or lets it do more than pillar gives.
 GRAVE = {"login", "superuser", "createdb", "createrole", "replication", "bypassrls", "valid_until"}
-GRAVE |= {"connections allowed"}
+GRAVE |= {"connections allowed", "connect"}
 # What other lines say of the application's own.
 TOLD = ("login", "valid_until", "owner")
 SHUT = ("connection_limit", "connection limit", "owner's privileges")

@@ -88,6 +88,7 @@ _ROLE = {
     "secret": ("one", _SECRET_FILE, ("file", "key")),
     "password_pillar": "pillar_key",
     "member_of": ("list", "identifier"),
+    "connect": ("list", "database"),
     "connection_limit": ("integer", -1, 10000),
 }
 _RETENTION = {"full": ("integer", 1, 1000), "differential": ("integer", 1, 1000)}
@@ -411,6 +412,17 @@ def _check_owners(pillar: dict) -> Iterator[str]:
             yield f'{TOP}:databases:{name}:owner: "{owner}" is not declared; add it to {TOP}:roles'
 
 
+def _check_connect(pillar: dict) -> Iterator[str]:
+    """A role connects to databases that are the formula's."""
+    known = {_text(pillar, "database"), *_part(pillar, "databases", of=dict)}
+    for role in _part(pillar, "roles", of=dict):
+        path = f"{_join(f'{TOP}:roles', role)}:connect"
+        for position, name in enumerate(_part(pillar, "roles", role, "connect", of=list)):
+            right = isinstance(name, str) and not __salt__["slmdb_kinds.mistake"]("database", name)
+            if right and name not in known:
+                yield f'{path}:{position}: "{name}" is not declared; add it to {TOP}:databases'
+
+
 def _check_members(pillar: dict) -> Iterator[str]:
     """No role is, by way of others, a member of itself."""
     roles = _part(pillar, "roles", of=dict)
@@ -518,6 +530,7 @@ CHECKS = (
     _check_network,
     _check_settings,
     _check_owners,
+    _check_connect,
     _check_members,
     _check_passwords,
     _check_files,

@@ -304,6 +304,20 @@ def test_an_application_that_is_not_let_in(minion, drift, words, noun):
     assert words.format("autobot_slm") not in problems(minion)
 
 
+def test_a_further_role_that_is_not_let_in(minion):
+    """Where pillar says that it may connect; and it is no longer said after the next run."""
+    line = "database autobot_slm: connect is none, not guest; state.apply slm_database puts it"
+    minion.tell({"slm_database": {"roles": {"guest": {"connect": ["autobot_slm"]}}}})
+    try:
+        minion.call("slmdb_role.apply")
+        assert line in problems(minion)
+        minion.call("slmdb_database.apply")
+        assert line not in problems(minion)
+    finally:
+        execute(minion, "DROP OWNED BY guest")
+        execute(minion, "DROP ROLE guest")
+
+
 def test_tables_of_its_own_that_the_role_may_not_use(minion):
     """Its owner may take them from itself, or a restored dump may."""
     minion.tell({"slm_database": {"health": {"tables": ["mine"]}}})

@@ -152,6 +152,11 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
             {"database reports": {"old": None, "new": "present"}},
             "database reports does not exist; state.apply slm_database makes it",
         ),
+        (
+            "drift",
+            {"database reports: connect": {"old": [], "new": ["reader"]}},
+            "database reports: connect is none, not reader; state.apply slm_database puts it right",
+        ),
         ("secret.in_step", False, "the password is not the server's"),
         ("secret.mode", "0644", "mode is 0644, not 0640"),
         ("capacity.disk.data", {**DISK, "free_percent": 2.9}, "the disk of data (/data) has 2.9"),

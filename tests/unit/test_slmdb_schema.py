@@ -491,6 +491,18 @@ def test_roles_may_share_a_file():
     assert problems({"roles": roles}) == []
 
 
+def test_a_role_connects_to_databases_that_are_declared():
+    """The application's counts, by its default name as well; a mistake is named with its place."""
+    told = {"databases": {"metrics": None}, "roles": {"r": {"connect": ["autobot_slm", "metrics"]}}}
+    assert problems(told) == []
+    assert problems({**told, "database": "other"}) == [
+        f'{TOP}:roles:r:connect:0: "autobot_slm" is not declared; add it to {TOP}:databases'
+    ]
+    assert problems({"roles": {"r": {"connect": "metrics"}}}) == [
+        f"{TOP}:roles:r:connect: text that is not shown here is given; allowed: a list"
+    ]
+
+
 def test_one_source_for_a_password():
     """Both would leave open which one counts."""
     role = {"secret": {"file": "/etc/x.env", "key": "P"}, "password_pillar": "a:b"}
