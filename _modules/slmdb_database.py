@@ -26,7 +26,7 @@ SELECT d.datname AS name, pg_get_userbyid(d.datdba) AS owner,
                 AND a.privilege_type = 'CONNECT' ORDER BY 1) AS connect,
        d.datallowconn AS allow_connections, d.datconnlimit AS connection_limit,
        current_setting('data_checksums') AS checksums
-FROM pg_database d WHERE d.datname = ANY(%s)
+FROM pg_database d WHERE d.datname = ANY(%s) ORDER BY d.datname
 """
 INSIDE = """
 SELECT has_schema_privilege('public', s.oid, 'CREATE') AS public_creates,

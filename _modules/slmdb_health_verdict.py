@@ -59,6 +59,7 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
     warnings += [f"access rule: {line}" for line in report["access"]["shadowed"]]
+    warnings += _shut_out(report)
     warnings += [*_tables(report), *_forbidden(report, settings), *_overrides(report)]
     warnings += [*_migration(report), *_waiting(report)]
     return {"problems": problems, "warnings": warnings}
@@ -178,6 +179,14 @@ def _access(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
                 f"login matrix: {row['login']} would be {row['judged']}, "
                 f"not {row['expected']} ({row['key']})"
             )
+
+
+def _shut_out(report: dict[str, Any]) -> Iterator[str]:
+    for role, database in report["access"].get("shut_out") or []:
+        yield (
+            f"an access rule admits {role} to {database}, but it may not connect there: "
+            f"slm_database:roles:{role}:connect"
+        )
 
 
 def _unit_warnings(report: dict[str, Any]) -> Iterator[str]:

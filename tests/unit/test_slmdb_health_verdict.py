@@ -176,6 +176,12 @@ def test_a_problem(judge, path, value, words):
         ("server.unit.enabled", "disabled", "does not start at boot: it is disabled"),
         ("access.addresses", ["127.0.0.1"], "nothing listens on ::1"),
         ("access.shadowed", ["line 2 never counts"], "access rule: line 2 never counts"),
+        (
+            "access.shut_out",
+            [["reader", "reports"]],
+            "an access rule admits reader to reports, but it may not connect there: "
+            "slm_database:roles:reader:connect",
+        ),
         ("secret.mode", "0600", "mode is 0600"),
         (
             "drift",
