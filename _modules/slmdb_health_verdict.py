@@ -258,6 +258,9 @@ def _upkeep(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
             f"{file}: {name} cannot be read as a URL; white space and a comment behind it are part "
             "of what the backend gets",
         )
+    for name, words in (secret.get("url_elsewhere") or {}).items():
+        keys = "slm_database:secret:url_keys"
+        yield False, f"{file}: {name} {words}; left alone: correct it, or take it out of {keys}"
     if secret["exists"] and secret["missing_keys"]:
         names = ", ".join(secret["missing_keys"])
         yield False, f"{file}: the backend's own keys are missing: {names}"

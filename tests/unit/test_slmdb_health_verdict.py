@@ -193,6 +193,11 @@ def test_a_problem(judge, path, value, words):
         ("secret.missing_keys", ["SLM_SECRET_KEY"], "own keys are missing: SLM_SECRET_KEY"),
         ("secret.url_stale", ["DATABASE_URL"], "DATABASE_URL holds another password"),
         ("secret.url_unclear", ["DATABASE_URL"], "DATABASE_URL cannot be read as a URL"),
+        (
+            "secret.url_elsewhere",
+            {"DATABASE_URL": "is for sqlite, not PostgreSQL"},
+            f"{FILE}: DATABASE_URL is for sqlite, not PostgreSQL; left alone",
+        ),
         ("secret.rotation", "interrupted", "was interrupted"),
         ("secret.overdue", True, "is overdue"),
         ("secret.left_behind", "/etc/autobot/db-credentials.env", "still holds another password"),
