@@ -132,9 +132,11 @@ SCHEMA: dict[str, Any] = {
     "database": "database",
     "role": "role",
     "extensions": ("list", "identifier"),
-    "databases": ("names", "database", ("null", _DATABASE)),
-    "roles": ("names", "role", ("null", _ROLE)),
-    "settings": ("names", "setting", "setting_value"),
+    # Here and below, null is what is left of a mapping when all its lines are comments. Where
+    # somebody could mean something by it, such as no backup, it is refused.
+    "databases": ("null", ("names", "database", ("null", _DATABASE))),
+    "roles": ("null", ("names", "role", ("null", _ROLE))),
+    "settings": ("null", ("names", "setting", "setting_value")),
     "allow_unsafe": ("list", "setting"),
     "restart": ("choice", "window", "now"),
     "tuning": {
@@ -160,12 +162,15 @@ SCHEMA: dict[str, Any] = {
         "rotate_every": ("null", "rotation"),
         "rotate_backend": ("choice", "restart", "reload", "none"),
     },
-    "adopt": {
-        "credentials_file": "path",
-        "role": "identifier",
-        "databases": ("names", "database", "database"),
-        "rename": "boolean",
-    },
+    "adopt": (
+        "null",
+        {
+            "credentials_file": "path",
+            "role": "identifier",
+            "databases": ("names", "database", "database"),
+            "rename": "boolean",
+        },
+    ),
     "backend": {
         "unit": "unit",
         "user": "user",
@@ -186,11 +191,14 @@ SCHEMA: dict[str, Any] = {
         "initialize": ("null", "command"),
         "alembic": ("null", "command"),
     },
-    "maintenance": {
-        "policy": ("choice", "manual", "window", "auto"),
-        "windows": ("list", _WINDOW),
-        "approve": "boolean",
-    },
+    "maintenance": (
+        "null",
+        {
+            "policy": ("choice", "manual", "window", "auto"),
+            "windows": ("list", _WINDOW),
+            "approve": "boolean",
+        },
+    ),
     "backup": {
         "enabled": "boolean",
         "path": "path",

@@ -98,12 +98,14 @@ def _second(**told):
 
 def _settled(schema: Any, path: str = "") -> set[str]:
     """Every key of the table that is always there."""
+    schema = schema[1] if isinstance(schema, tuple) and schema[0] == "null" else schema
     if not isinstance(schema, dict):
         return {path}
     return {key for name in schema for key in _settled(schema[name], f"{path}:{name}")}
 
 
 def _given(value: Any, schema: Any, path: str = "") -> set[str]:
+    schema = schema[1] if isinstance(schema, tuple) and schema[0] == "null" else schema
     if not isinstance(schema, dict):
         return {path}
     return {
@@ -214,7 +216,7 @@ WRONG = [
     ({"listen_addresses": ["0.0.0.0"]}, "listen_addresses:0", "0.0.0.0", "allow_remote"),
     ({"allow_remote": "yes"}, "allow_remote", '"yes"', "true or false"),
     ({"allow_remote": 1}, "allow_remote", "1", "true or false"),
-    ({"hba": None}, "hba", "null", "a mapping"),
+    *(({name: None}, name, "null", "a mapping") for name in ("backup", "hba", "secret", "tuning")),
     ({"hba": {"preset": "hard"}}, "hba:preset", '"hard"', "default, hardened"),
     ({"hba": {"before": [5]}}, "hba:before:0", "a value", "a mapping"),
     (_rule(method="foo"), "hba:before:0:method", '"foo"', "trust, peer"),
@@ -370,6 +372,7 @@ RIGHT = [
     {"role": "ünïcode-röle", "database": "all"},
     {"role": "owner", "databases": {"x": {"owner": "owner"}, "y": None}},
     {"roles": {"r": None}, "databases": {"x": {"owner": "r"}}},
+    dict.fromkeys(("adopt", "databases", "maintenance", "roles", "settings")),
     {"roles": {"r": {"password_pillar": "vault:r"}}},
     _rule(address="fd00::/8"),
     _rule(address="samenet", user="+staff"),
