@@ -1,6 +1,6 @@
 """
 The application's database and the extra ones: owner, extensions, what the owner may do and PUBLIC
-may not, and that connections are let in.
+may not, which roles may connect, and that connections are let in.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ SELECT d.datname AS name, pg_get_userbyid(d.datdba) AS owner,
        ARRAY(SELECT DISTINCT a.privilege_type
                FROM aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
               WHERE a.grantee = d.datdba ORDER BY 1) AS privileges,
+       ARRAY(SELECT pg_get_userbyid(a.grantee)::text FROM aclexplode(d.datacl) a
+              WHERE a.grantor = d.datdba AND a.grantee NOT IN (0, d.datdba)
+                AND a.privilege_type = 'CONNECT' ORDER BY 1) AS connect,
        d.datallowconn AS allow_connections, d.datconnlimit AS connection_limit,
        current_setting('data_checksums') AS checksums
-FROM pg_database d WHERE d.datname = ANY(%s)
+FROM pg_database d WHERE d.datname = ANY(%s) ORDER BY d.datname
 """
 INSIDE = """
 SELECT has_schema_privilege('public', s.oid, 'CREATE') AS public_creates,
@@ -58,12 +61,20 @@ def wanted() -> dict[str, dict[str, Any]]:
 
         salt-call slmdb_database.wanted
 
-    Returns names with ``owner``, ``encoding``, ``locale``, ``extensions``. Raises as
-    ``slmdb_pillar.get`` does.
+    Returns names with ``owner``, ``encoding``, ``locale``, ``extensions`` and ``connect`` (of each
+    role that says where it connects, whether that is here). Raises as ``slmdb_pillar.get`` does.
     """
     get = __salt__["slmdb_pillar.get"]
     ours = {get("database"): {"extensions": list(get("extensions"))}}
-    return _complete({**ours, **get("databases")})
+    found = _complete({**ours, **get("databases")})
+    for role, told in get("roles").items():
+        names = (told or {}).get("connect")
+        if names is None:
+            continue
+        for name, options in found.items():
+            if role != options["owner"]:
+                options["connect"][role] = name in names
+    return found
 
 
 def _complete(databases: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -73,7 +84,7 @@ def _complete(databases: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for name, told in databases.items():
         given = {key: value for key, value in (told or {}).items() if value is not None}
-        found[name] = {**base, "extensions": [], **given}
+        found[name] = {**base, "extensions": [], "connect": {}, **given}
     return found
 
 
@@ -99,8 +110,9 @@ def read(names: list[str]) -> dict[str, dict[str, Any]]:
         Names of databases.
 
     Returns those that exist, with ``owner``, ``encoding``, ``locale``, ``public`` (whether PUBLIC
-    may connect), ``privileges`` (the owner's), ``allow_connections``, ``connection_limit`` and
-    ``checksums`` (``on`` or ``off``, the same for all).
+    may connect), ``privileges`` (the owner's), ``connect`` (whom the owner lets connect),
+    ``allow_connections``, ``connection_limit`` and ``checksums`` (``on`` or ``off``, the same for
+    all).
     Raises ``CommandExecutionError`` if the server does not answer.
     """
     rows = __salt__["slmdb_server.query"](READ, [names])
@@ -250,6 +262,10 @@ def _outside(found: dict[str, Any], options: dict[str, Any]) -> dict:
     for name, (what, value) in OUTSIDE.items():
         if found[name] != value:
             changes[what] = {"old": found[name], "new": value}
+    had = [role for role in found["connect"] if role in options["connect"]]
+    let_in = sorted(role for role, may in options["connect"].items() if may)
+    if sorted(had) != let_in:
+        changes["connect"] = {"old": sorted(had), "new": let_in}
     return changes
 
 
@@ -326,6 +342,11 @@ def _repairs_outside(name: str, options: dict[str, Any]) -> list[tuple]:
         sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(database),
         sql.SQL("GRANT ALL ON DATABASE {} TO {}").format(database, owner),
     ]
+    for role, may in options["connect"].items():
+        words = "GRANT CONNECT ON DATABASE {} TO {}"
+        if not may:
+            words = "REVOKE CONNECT ON DATABASE {} FROM {} CASCADE"
+        statements.append(sql.SQL(words).format(database, sql.Identifier(role)))
     return [(statement, None) for statement in statements]
 
 

@@ -117,6 +117,36 @@ def rules(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def admitted(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """
+    Return which roles of pillar the operator's rules let into which databases of pillar by name,
+    but for those into which the role itself says that it connects.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_hba.admitted "$(cat /var/lib/autobot-slm-database/settings.json)"
+
+    settings
+        The formula's settings; database, databases, roles and hba are read.
+
+    Returns pairs of a role and a database.
+    """
+    databases, roles = {settings["database"], *settings["databases"]}, settings["roles"]
+    given = [*settings["hba"]["before"], *settings["hba"]["after"]] if roles else []
+    found = set()
+    for rule in given:
+        if rule["method"] == "reject":
+            continue
+        for role in map(_bare, _several(rule["user"])):
+            if role in roles:
+                there = databases.intersection(map(_bare, _several(rule["database"])))
+                told = (roles[role] or {}).get("connect") or []
+                found |= {(role, one) for one in there.difference(told)}
+    return sorted(found)
+
+
 def line(rule: dict[str, Any]) -> str:
     """
     Return one rule as a line of ``pg_hba.conf``.

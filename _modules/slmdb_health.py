@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import select
 import subprocess
@@ -97,6 +98,11 @@ SELECT current_setting('server_version') AS version,
        CASE WHEN r.rolvaliduntil <= now() THEN r.rolvaliduntil::text END AS role_expired,
        d.datconnlimit AS database_limit, pg_get_userbyid(d.datdba) AS owner,
        has_database_privilege(r.oid, d.oid, 'CONNECT') AS role_may_connect,
+       ARRAY(SELECT json_build_array(rolname, datname)
+               FROM json_array_elements(%(admitted)s) a
+               JOIN pg_roles ON rolname = a ->> 0 JOIN pg_database ON datname = a ->> 1
+              WHERE NOT has_database_privilege(pg_roles.oid, pg_database.oid, 'CONNECT')
+              ORDER BY rolname, datname) AS shut_out,
        -- As they come into force, each above those before it.
        (SELECT json_agg(json_build_array(s.setconfig, concat(
                CASE WHEN s.setrole <> 0 THEN 'ALTER ROLE ' || quote_ident(r.rolname)
@@ -305,9 +311,10 @@ def _ask(statement: str, values: dict, database: str, moment: float) -> dict[str
     return query(statement, values, database=database)[0]
 
 
-def _about_server(settings: dict[str, Any], moment: float) -> dict[str, Any]:
+def _about_server(settings: dict[str, Any], admitted: list, moment: float) -> dict[str, Any]:
     """Ask in the application's database, where the rest will be asked, too, if there is one."""
     values = {what: settings[what] for what in ("role", "database")}
+    values["admitted"] = json.dumps(admitted)
     for what in ("role", "database"):
         values[f"{what}s"] = [settings[what], *(settings[f"{what}s"] or ())]
     try:
@@ -328,7 +335,8 @@ def _knock(
     failures, row = list(parts.failures), {}
     where = f"{found['socket_directory']}:{found['port']}"
     if found["running"]:
-        row = parts.get("server", _about_server, settings, moment, default={})
+        admitted = parts.get("access rules", __salt__["slmdb_hba.admitted"], settings, default=[])
+        row = parts.get("server", _about_server, settings, admitted, moment, default={})
     if row:
         return {"retcode": 0, "line": f"{where} - accepting connections"}, row
     if any(LATE in line for line in parts.failures):
@@ -486,7 +494,14 @@ def empty() -> dict[str, Any]:
         "problems": [],
         "warnings": [],
         "server": {},
-        "access": {"addresses": [], "absent": [], "rule_errors": [], "shadowed": [], "matrix": []},
+        "access": {
+            "addresses": [],
+            "absent": [],
+            "rule_errors": [],
+            "shadowed": [],
+            "shut_out": [],
+            "matrix": [],
+        },
         "migration": {},
         "tables": {"expected": [], "missing": None, "forbidden": None},
         "capacity": {},
@@ -580,6 +595,7 @@ def _fill(
                 answer["tables"][what] = inside.get(what)
         if row:
             answer["problems"] += parts.get("adoption", _beside, settings, default=[])
+            access["shut_out"] = row["shut_out"]
             _fill_from_server(answer, parts)
         elif found["exists"] and not found["running"]:
             answer["foreign"] = parts.get("foreign", _foreign, default=[])

@@ -23,7 +23,7 @@ DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free
 BUSY = 0.9  # of the connections
 # Of a role or database: what keeps it from its work or lets it do more than pillar gives.
 GRAVE = {"login", "superuser", "createdb", "createrole", "replication", "bypassrls", "valid_until"}
-GRAVE |= {"connections allowed"}
+GRAVE |= {"connections allowed", "connect"}
 # What other lines say of the application's own.
 TOLD = ("login", "valid_until", "owner")
 SHUT = ("connection_limit", "connection limit", "owner's privileges")
@@ -64,6 +64,7 @@ def judge(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, list[st
         for grave, line in part(report):
             (problems if grave else warnings).append(line)
     warnings += [f"access rule: {line}" for line in report["access"]["shadowed"]]
+    warnings += _shut_out(report)
     warnings += [*_tables(report), *_forbidden(report, settings), *_overrides(report)]
     warnings += [*_migration(report), *_waiting(report)]
     return {"problems": problems, "warnings": warnings}
@@ -185,6 +186,14 @@ def _access(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
             )
 
 
+def _shut_out(report: dict[str, Any]) -> Iterator[str]:
+    for role, database in report["access"].get("shut_out") or []:
+        yield (
+            f"an access rule admits {role} to {database}, but it may not connect there: "
+            f"slm_database:roles:{role}:connect"
+        )
+
+
 def _unit_warnings(report: dict[str, Any]) -> Iterator[str]:
     unit = report["server"]["unit"]
     if unit.get("state") == "active" and unit["enabled"] not in ("enabled", "enabled-runtime"):
@@ -254,6 +263,9 @@ def _upkeep(report: dict[str, Any]) -> Iterator[tuple[bool, str]]:
             f"{file}: {name} cannot be read as a URL; white space and a comment behind it are part "
             "of what the backend gets",
         )
+    for name, words in (secret.get("url_elsewhere") or {}).items():
+        keys = "slm_database:secret:url_keys"
+        yield False, f"{file}: {name} {words}; left alone: correct it, or take it out of {keys}"
     if secret["exists"] and secret["missing_keys"]:
         names = ", ".join(secret["missing_keys"])
         yield False, f"{file}: the backend's own keys are missing: {names}"

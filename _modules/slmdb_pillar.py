@@ -72,6 +72,14 @@ def _merge(below: dict, above: dict) -> dict:
     return salt.utils.dictupdate.update(copy.deepcopy(below), copy.deepcopy(above))
 
 
+def _said(given: dict, below: dict) -> dict:
+    """What pillar says: a mapping of which all lines are comments is null, and says nothing."""
+    silent = {
+        key for key, value in given.items() if value is None and isinstance(below.get(key), dict)
+    }
+    return {key: value for key, value in given.items() if key not in silent}
+
+
 def _defaults() -> dict:
     """The defaults with the distribution's map over them; empty where neither can be reached."""
     if "slmdb_defaults" not in __context__:
@@ -233,7 +241,7 @@ def settings() -> dict:
             raise CommandExecutionError(
                 f"slm_database: {FILES[0]} cannot be read; is the formula in file_roots?"
             )
-        merged = _merge(below, given if isinstance(given, dict) else {})
+        merged = _merge(below, _said(given, below) if isinstance(given, dict) else {})
         __context__["slmdb_settings"] = (given, merged)
     return merged
 

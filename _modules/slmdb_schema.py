@@ -88,6 +88,7 @@ _ROLE = {
     "secret": ("one", _SECRET_FILE, ("file", "key")),
     "password_pillar": "pillar_key",
     "member_of": ("list", "identifier"),
+    "connect": ("list", "database"),
     "connection_limit": ("integer", -1, 10000),
 }
 _RETENTION = {"full": ("integer", 1, 1000), "differential": ("integer", 1, 1000)}
@@ -131,9 +132,11 @@ SCHEMA: dict[str, Any] = {
     "database": "database",
     "role": "role",
     "extensions": ("list", "identifier"),
-    "databases": ("names", "database", ("null", _DATABASE)),
-    "roles": ("names", "role", ("null", _ROLE)),
-    "settings": ("names", "setting", "setting_value"),
+    # Here and below, null is what is left of a mapping when all its lines are comments. Where
+    # somebody could mean something by it, such as no backup, it is refused.
+    "databases": ("null", ("names", "database", ("null", _DATABASE))),
+    "roles": ("null", ("names", "role", ("null", _ROLE))),
+    "settings": ("null", ("names", "setting", "setting_value")),
     "allow_unsafe": ("list", "setting"),
     "restart": ("choice", "window", "now"),
     "tuning": {
@@ -159,12 +162,15 @@ SCHEMA: dict[str, Any] = {
         "rotate_every": ("null", "rotation"),
         "rotate_backend": ("choice", "restart", "reload", "none"),
     },
-    "adopt": {
-        "credentials_file": "path",
-        "role": "identifier",
-        "databases": ("names", "database", "database"),
-        "rename": "boolean",
-    },
+    "adopt": (
+        "null",
+        {
+            "credentials_file": "path",
+            "role": "identifier",
+            "databases": ("names", "database", "database"),
+            "rename": "boolean",
+        },
+    ),
     "backend": {
         "unit": "unit",
         "user": "user",
@@ -185,11 +191,14 @@ SCHEMA: dict[str, Any] = {
         "initialize": ("null", "command"),
         "alembic": ("null", "command"),
     },
-    "maintenance": {
-        "policy": ("choice", "manual", "window", "auto"),
-        "windows": ("list", _WINDOW),
-        "approve": "boolean",
-    },
+    "maintenance": (
+        "null",
+        {
+            "policy": ("choice", "manual", "window", "auto"),
+            "windows": ("list", _WINDOW),
+            "approve": "boolean",
+        },
+    ),
     "backup": {
         "enabled": "boolean",
         "path": "path",
@@ -411,6 +420,17 @@ def _check_owners(pillar: dict) -> Iterator[str]:
             yield f'{TOP}:databases:{name}:owner: "{owner}" is not declared; add it to {TOP}:roles'
 
 
+def _check_connect(pillar: dict) -> Iterator[str]:
+    """A role connects to databases that are the formula's."""
+    known = {_text(pillar, "database"), *_part(pillar, "databases", of=dict)}
+    for role in _part(pillar, "roles", of=dict):
+        path = f"{_join(f'{TOP}:roles', role)}:connect"
+        for position, name in enumerate(_part(pillar, "roles", role, "connect", of=list)):
+            right = isinstance(name, str) and not __salt__["slmdb_kinds.mistake"]("database", name)
+            if right and name not in known:
+                yield f'{path}:{position}: "{name}" is not declared; add it to {TOP}:databases'
+
+
 def _check_members(pillar: dict) -> Iterator[str]:
     """No role is, by way of others, a member of itself."""
     roles = _part(pillar, "roles", of=dict)
@@ -518,6 +538,7 @@ CHECKS = (
     _check_network,
     _check_settings,
     _check_owners,
+    _check_connect,
     _check_members,
     _check_passwords,
     _check_files,

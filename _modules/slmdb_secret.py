@@ -248,9 +248,9 @@ def facts(server: bool = True) -> dict[str, Any]:
     Returns file, exists, owner, group, mode (of the file, or None), wanted (those three), in_step
     (True, False, None if unknown), verifier (its kind), problem (one line or None), missing_keys
     (of ``secret:expected_keys``), url_stale (URL keys with another password), url_unclear (URL keys
-    that cannot be compared), rotation (None or ``interrupted``), age_days, overdue (True, False,
-    None if ``rotate_every`` is not set), left_behind (the old credentials file if it holds another
-    password).
+    that cannot be compared), url_elsewhere (URL keys that lead elsewhere, and where), rotation
+    (None or ``interrupted``), age_days, overdue (True, False, None if ``rotate_every`` is not set),
+    left_behind (the old credentials file if it holds another password).
 
     CLI Example:
 
@@ -263,6 +263,7 @@ def facts(server: bool = True) -> dict[str, Any]:
         "missing_keys": [],
         "url_stale": [],
         "url_unclear": [],
+        "url_elsewhere": {},
         "rotation": None,
         "age_days": None,
         "overdue": None,
@@ -334,6 +335,7 @@ def _report(want: dict[str, Any], store: Any, values: dict[str, str]) -> dict[st
         "missing_keys": [name for name in expected if name not in values],
         "url_stale": __salt__["slmdb_secret_url.stale_urls"](want, store),
         "url_unclear": __salt__["slmdb_secret_url.unclear_urls"](want, store),
+        "url_elsewhere": __salt__["slmdb_secret_url.elsewhere_urls"](want, store),
         "rotation": "interrupted" if interrupted else None,
         "age_days": age,
         "overdue": _overdue(want["rotate_every"], age),

@@ -21,6 +21,13 @@ _URL = re.compile(
     re.DOTALL,
 )
 _PLACE = re.compile(r"(?P<host>\[[^\]]*\]|[^:,@]*)(?::(?P<port>\d+))?\Z")
+# The same where nobody is named, as over the socket.
+_NOBODY = re.compile(
+    r"(?P<driver>[^:/?#]+)://(?P<user>)(?P<place>[^@/?#]*)(?:/(?P<database>[^@?#]*))?"
+    r"(?P<options>[^@]*)\Z"
+)
+_ELSEWHERE = re.compile(r"[?&](host|hostaddr|port|database|dbname|service)=")
+_DRIVER = re.compile(r"([a-z][a-z0-9_]+(?:\+[a-z0-9_]+)?)://")
 _IN_OPTIONS = re.compile(r"[?&]password=([^&#]*)")
 _WHITESPACE = re.compile(r"\s")
 _POSTGRESQL = re.compile(r"postgres(ql)?(\+\w+)?\Z")
@@ -213,6 +220,37 @@ def unclear(text: str) -> bool:
     return not _URL.match(text) or bool(_WHITESPACE.search(text.rpartition("@")[2]))
 
 
+def elsewhere(want: dict[str, Any], text: str) -> str | None:
+    """
+    Say that a URL leads to another database of this server, or to no PostgreSQL.
+
+    want, text
+        As for ``ours``.
+
+    Returns a few words; None if it does not, if it is for another host or port, where a pooler may
+    lead to this database, or if that cannot be told.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_secret_url.elsewhere "$WANTED" 'sqlite:///x.db'
+    """
+    driver = _DRIVER.match(text)
+    if driver and not _POSTGRESQL.match(driver[1]):
+        return f"is for {driver[1]}, not PostgreSQL"
+    parts = _URL.match(text) or _NOBODY.match(text)
+    if not driver or not parts or text.count("@") > 1 or _ELSEWHERE.search(parts["options"]):
+        return None
+    host, port = _place(parts)
+    here = host in (*_LOOPBACK, "") and port == want["port"]
+    name = unquote(parts["database"] or parts["user"])
+    known = name.isprintable() and not _WHITESPACE.search(f"{name}{parts['options']}")
+    if not here or not known or name in ("", want["database"]):
+        return None
+    return f"is for database {name}, not {want['database']}"
+
+
 def apart(want: dict[str, Any], text: str) -> str:
     """
     Say what makes a URL the operator's own.
@@ -305,6 +343,34 @@ def unclear_urls(want: dict[str, Any], store: Any) -> list[str]:
     """
     values = store.values()
     return [name for name in want["url_keys"] if unclear(values.get(name, ""))]
+
+
+def elsewhere_urls(want: dict[str, Any], store: Any) -> dict[str, str]:
+    """
+    Name the URL keys that lead the backend to another database, and that a run leaves so.
+
+    want
+        What ``slmdb_secret_plan.wanted`` returns.
+    store
+        An open ``Store``.
+
+    Returns what ``elsewhere`` says, by their names.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_secret_url.elsewhere_urls "$WANTED" "$STORE"
+    """
+    values = store.values()
+    passwords = known(want, values)
+    texts = {name: values[name] for name in want["url_keys"] if name in values}
+    said = {
+        name: elsewhere(want, text)
+        for name, text in texts.items()
+        if not ours(want, text, passwords)
+    }
+    return {name: words for name, words in said.items() if words}
 
 
 def renewed_urls(want: dict[str, Any], store: Any, password: str) -> dict[str, str]:

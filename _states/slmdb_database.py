@@ -15,8 +15,8 @@ def __virtual__() -> str:
 
 def present(name: str, databases: dict | None = None) -> dict:
     """
-    The databases exist with their owners and extensions, let connections in, and give their owners
-    every right and PUBLIC none.
+    The databases exist with their owners and extensions, let connections in, give their owners
+    every right and PUBLIC none, and let in the roles of the settings that name them.
 
     name
         A sentence for the state's id; nothing depends on it.

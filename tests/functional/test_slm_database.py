@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
+import psycopg2
 import pytest
+import yaml
 
+from tests.support import documents
 from tests.support import world as worlds
 from tests.support.wait import until
 
@@ -311,3 +315,59 @@ def test_a_server_that_does_not_let_us_in_is_not_called_stopped(applied):
     answer = applied.state("slmdb_role.present", test=True)
     assert (answer.result, answer.changes) == (True, {})
     assert answer.comment == "Cannot be compared while the server runs but does not let us in."
+
+
+def told_by(document: str) -> dict:
+    """All that the manual's section on it, or the examples of pillar.example, say of a reader."""
+    text = (documents.CHECKOUT / document).read_text()
+    if document.endswith(".md"):
+        section = text.partition("### A role that only reads\n")[2]
+        return yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
+    told: dict = {"slm_database": {}, "vault": {"importer": {"password": "x" * 32}}}
+    for block in re.findall(r"(?:^ *# \| .*\n)+", text, re.MULTILINE):
+        for key, value in yaml.safe_load(re.sub(r"(?m)^ *# \| ", "", block)).items():
+            if key in ("roles", "databases", "allow_remote", "listen_addresses"):
+                told["slm_database"][key] = value
+            if key == "hba":
+                told["slm_database"].setdefault(key, {}).update(value)
+    return told
+
+
+def refusal(connection, statement: str) -> str:
+    with pytest.raises(psycopg2.Error) as error, connection.cursor() as cursor:
+        cursor.execute(statement)
+    return error.value.diag.message_primary
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("document", ["docs/configuration.md", "pillar.example"])
+def test_a_role_that_only_reads_as_the_manual_has_it(host, document):
+    """From another address, with the password that the host made, after the first run."""
+    subprocess.run(["make-ssl-cert", "generate-default-snakeoil"], check=True)
+    subprocess.run(["ip", "address", "add", "10.1.2.3/24", "dev", "lo"], check=True)
+    try:
+        told = told_by(document)
+        assert failures(apply(host.tell(told))) == {}
+        report = host.call("slmdb.health", timeout=15)
+        assert report["problems"] == []
+        host.call(
+            "slmdb_server.execute", "CREATE TABLE t AS SELECT 42 AS n", database="autobot_slm"
+        )
+        secret = Path(told["slm_database"]["roles"]["reporting"]["secret"]["file"]).read_text()
+        connection = psycopg2.connect(
+            host="10.1.2.3",
+            user="reporting",
+            dbname="autobot_slm",
+            sslmode="require",
+            password=secret.strip().partition("=")[2],
+        )
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT n, (SELECT count(rolpassword) FROM pg_authid) > 0 FROM t")
+            assert cursor.fetchall() == [(42, True)]
+        assert refusal(connection, "INSERT INTO t VALUES (1)") == "permission denied for table t"
+        for what in ("TABLE u ()", "TEMPORARY TABLE u ()", "SCHEMA u"):
+            assert refusal(connection, f"CREATE {what}").startswith("permission denied")
+        connection.close()
+    finally:
+        subprocess.run(["ip", "address", "del", "10.1.2.3/24", "dev", "lo"], check=True)

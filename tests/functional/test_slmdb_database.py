@@ -169,3 +169,79 @@ def test_many_databases_take_no_connection_each(host):
     there = [{"datname": "autobot_slm"}, {"datname": "postgres"}]
     # A session that was ended is listed for a moment.
     until(lambda: host.call("slmdb_server.query", asked) == there)
+
+
+READER = {"member_of": ["pg_read_all_data"], "connect": ["autobot_slm", "metrics"]}
+MAY = (
+    "SELECT datname FROM pg_database WHERE has_database_privilege(%s, oid, 'CONNECT') "
+    "AND datname IN ('autobot_slm', 'metrics', 'attic') ORDER BY 1"
+)
+
+
+def reaches(host, role):
+    return [row["datname"] for row in host.call("slmdb_server.query", MAY, [role])]
+
+
+def tell(host, **roles):
+    host.tell({"slm_database": {"databases": {"metrics": {}, "attic": {}}, "roles": roles}})
+    assert host.state("slmdb_role.present").result is True
+
+
+def test_a_role_reaches_the_databases_that_pillar_says(host):
+    """From the first run on; the rest of the databases stays closed to it."""
+    tell(host, **{"reader": READER, "an; other ö": {"connect": ["attic"]}})
+    announced = host.state("slmdb_database.present", test=True)
+    made = host.state("slmdb_database.present")
+    assert (made.result, made.changes) == (True, announced.changes)
+    assert reaches(host, "reader") == ["autobot_slm", "metrics"]
+    assert reaches(host, "an; other ö") == ["attic"]
+    assert host.state("slmdb_database.present").changes == {}
+
+
+def test_what_somebody_revoked_is_granted_again(host):
+    """And a role that comes later is let into databases that are there."""
+    tell(host)
+    host.state("slmdb_database.present")
+    tell(host, reader=READER)
+    change = {"old": [], "new": ["reader"]}
+    wanted = {f"database {name}: connect": change for name in ("autobot_slm", "metrics")}
+    assert host.state("slmdb_database.present", test=True).changes == wanted
+    assert reaches(host, "reader") == []
+    assert host.state("slmdb_database.present").changes == wanted
+    host.call("slmdb_server.execute", "REVOKE CONNECT ON DATABASE metrics FROM reader")
+    assert host.call("slmdb_database.differences") == {"database metrics: connect": change}
+    assert host.state("slmdb_database.present").result is True
+    assert reaches(host, "reader") == ["autobot_slm", "metrics"]
+
+
+def test_the_list_is_complete_for_the_role_that_has_one(host):
+    """What is not in it is revoked, with what was handed on; without the key all stays."""
+    tell(host, reader=READER, friend=None, plain=None)
+    host.state("slmdb_database.present")
+    for statement in (
+        "GRANT CONNECT ON DATABASE attic TO plain",
+        "GRANT CONNECT ON DATABASE attic TO reader WITH GRANT OPTION",
+        "SET ROLE reader; GRANT CONNECT ON DATABASE attic TO friend; RESET ROLE",
+    ):
+        host.call("slmdb_server.execute", statement)
+    change = {"database attic: connect": {"old": ["reader"], "new": []}}
+    assert host.state("slmdb_database.present", test=True).changes == change
+    repaired = host.state("slmdb_database.present")
+    assert (repaired.result, repaired.changes) == (True, change)
+    assert [reaches(host, name) for name in ("plain", "friend")] == [["attic"], []]
+    tell(host, reader={"connect": ["metrics"]}, friend=None, plain=None)
+    assert list(host.state("slmdb_database.present").changes) == ["database autobot_slm: connect"]
+    assert reaches(host, "reader") == ["metrics"]
+    tell(host, reader=None, friend=None, plain=None)
+    assert host.state("slmdb_database.present").changes == {}
+    assert reaches(host, "reader") == ["metrics"]
+
+
+def test_an_owner_needs_no_grant_and_loses_none(host):
+    """Its own database is its own, whatever the list says."""
+    told = {"roles": {"keeper": {"connect": ["autobot_slm"]}}}
+    host.tell({"slm_database": {"databases": {"attic": {"owner": "keeper"}}, **told}})
+    for noun in ("slmdb_role", "slmdb_database"):
+        assert host.state(f"{noun}.present").result is True
+    assert host.call("slmdb_database.differences") == {}
+    assert reaches(host, "keeper") == ["attic", "autobot_slm"]

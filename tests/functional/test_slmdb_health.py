@@ -300,6 +300,47 @@ def test_an_application_that_is_not_let_in(minion, drift, words, noun):
     assert words.format("autobot_slm") not in problems(minion)
 
 
+def test_a_further_role_that_is_not_let_in(minion):
+    """Where pillar says that it may connect; and it is no longer said after the next run."""
+    line = "database autobot_slm: connect is none, not guest; state.apply slm_database puts it"
+    minion.tell({"slm_database": {"roles": {"guest": {"connect": ["autobot_slm"]}}}})
+    try:
+        minion.call("slmdb_role.apply")
+        assert line in problems(minion)
+        minion.call("slmdb_database.apply")
+        assert line not in problems(minion)
+    finally:
+        execute(minion, "DROP OWNED BY guest")
+        execute(minion, "DROP ROLE guest")
+
+
+def test_a_rule_for_a_role_that_the_database_does_not_let_in(minion):
+    """Only where a rule that admits names both; the key that lets it in ends it."""
+    rule = {"type": "local", "database": ["autobot_slm"], "user": ["guest"], "method": "peer"}
+    line = (
+        "an access rule admits guest to autobot_slm, but it may not connect there: "
+        "slm_database:roles:guest:connect"
+    )
+
+    def said(role=None, **changed):
+        told = {"roles": {"guest": role}, "hba": {"after": [{**rule, **changed}]}}
+        minion.tell({"slm_database": told})
+        minion.call("slmdb_role.apply")
+        return line in ask(minion)["warnings"]
+
+    try:
+        assert said()
+        assert not said(method="reject")
+        assert not said(database="all")
+        assert not said(user=["+guest"])
+        assert not said({"connect": ["autobot_slm"]})  # the run's business
+        execute(minion, "GRANT CONNECT ON DATABASE autobot_slm TO guest")
+        assert not said()
+    finally:
+        execute(minion, "DROP OWNED BY guest")
+        execute(minion, "DROP ROLE guest")
+
+
 def test_tables_of_its_own_that_the_role_may_not_use(minion):
     """Its owner may take them from itself, or a restored dump may."""
     minion.tell({"slm_database": {"health": {"tables": ["mine"]}}})

@@ -27,7 +27,7 @@ BAD = {
     "a long name": {"role": "a" * 64},
     "remote": {"listen_addresses": ["0.0.0.0"]},
     "a method": {"hba": {"before": [{"type": "local", "method": "foo"}]}},
-    "null": {"hba": None, "secret": None, "settings": None},
+    "null": {"hba": None, "secret": None, "backup": None},
     "a password": {"roles": {"reader": {"password": "Hunter2-canary"}}},
 }
 
@@ -159,3 +159,13 @@ def test_a_record_tells_the_pillar_that_it_was_made_from(minions, pillar):
     """Neither a default nor what the distribution's release decides is in it."""
     recorded = minions({"slm_database": pillar}).call("slmdb_pillar.settings")
     assert minions().call("slmdb_pillar.beyond_defaults", recorded) == pillar
+
+
+def test_a_mapping_whose_lines_are_all_comments_is_empty(minions):
+    """Where it holds nothing by default, or nothing that would come by itself."""
+    bare = dict.fromkeys(("adopt", "databases", "maintenance", "roles", "settings"))
+    minion = minions()
+    usual = minion.call("slmdb_pillar.settings")
+    minion.tell({"slm_database": bare})
+    assert minion.call("slmdb_pillar.problems") == []
+    assert minion.call("slmdb_pillar.settings") == usual

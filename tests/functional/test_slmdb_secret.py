@@ -210,6 +210,26 @@ def test_a_url_that_cannot_be_compared_is_named(host):
     assert host.call("slmdb_secret.facts")["url_unclear"] == ["DATABASE_URL"]
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (
+            "postgresql+asyncpg://autobot_slm:mine@127.0.0.1:5432/other?ssl=disable",
+            "is for database other, not autobot_slm",
+        ),
+        ("sqlite:///x.db", "is for sqlite, not PostgreSQL"),
+        ("postgresql+asyncpg://autobot_slm:mine@127.0.0.1:6432/other", None),
+    ],
+)
+def test_a_url_that_leads_the_backend_elsewhere_is_named(host, own, said):
+    """It is left alone, whatever it is; one for a pooler is the operator's way to this database."""
+    secrets.write(f"SLM_DB_PASSWORD=mine\nDATABASE_URL='{own}'\n".encode())
+    apply(host)
+    assert secrets.value("DATABASE_URL") == f"'{own}'"
+    wanted = {"DATABASE_URL": said} if said else {}
+    assert host.call("slmdb_secret.facts")["url_elsewhere"] == wanted
+
+
 def test_other_keys_are_made_on_request_and_kept(host, minions):
     """`generate_missing` makes a key once and never touches one that is there."""
     secrets.write(b"KEPT_KEY='theirs'\n")

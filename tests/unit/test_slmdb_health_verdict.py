@@ -155,6 +155,11 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
             {"database reports": {"old": None, "new": "present"}},
             "database reports does not exist; state.apply slm_database makes it",
         ),
+        (
+            "drift",
+            {"database reports: connect": {"old": [], "new": ["reader"]}},
+            "database reports: connect is none, not reader; state.apply slm_database puts it right",
+        ),
         ("secret.in_step", False, "the password is not the server's"),
         ("secret.mode", "0644", "mode is 0644, not 0640"),
         ("capacity.disk.data", {**DISK, "free_percent": 2.9}, "the disk of data (/data) has 2.9"),
@@ -175,6 +180,12 @@ def test_a_problem(judge, path, value, words):
         ("server.unit.enabled", "disabled", "does not start at boot: it is disabled"),
         ("access.addresses", ["127.0.0.1"], "nothing listens on ::1"),
         ("access.shadowed", ["line 2 never counts"], "access rule: line 2 never counts"),
+        (
+            "access.shut_out",
+            [["reader", "reports"]],
+            "an access rule admits reader to reports, but it may not connect there: "
+            "slm_database:roles:reader:connect",
+        ),
         ("secret.mode", "0600", "mode is 0600"),
         (
             "drift",
@@ -186,6 +197,11 @@ def test_a_problem(judge, path, value, words):
         ("secret.missing_keys", ["SLM_SECRET_KEY"], "own keys are missing: SLM_SECRET_KEY"),
         ("secret.url_stale", ["DATABASE_URL"], "DATABASE_URL holds another password"),
         ("secret.url_unclear", ["DATABASE_URL"], "DATABASE_URL cannot be read as a URL"),
+        (
+            "secret.url_elsewhere",
+            {"DATABASE_URL": "is for sqlite, not PostgreSQL"},
+            f"{FILE}: DATABASE_URL is for sqlite, not PostgreSQL; left alone",
+        ),
         ("secret.rotation", "interrupted", "was interrupted"),
         ("secret.overdue", True, "is overdue"),
         ("secret.left_behind", "/etc/autobot/db-credentials.env", "still holds another password"),

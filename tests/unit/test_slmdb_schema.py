@@ -98,12 +98,14 @@ def _second(**told):
 
 def _settled(schema: Any, path: str = "") -> set[str]:
     """Every key of the table that is always there."""
+    schema = schema[1] if isinstance(schema, tuple) and schema[0] == "null" else schema
     if not isinstance(schema, dict):
         return {path}
     return {key for name in schema for key in _settled(schema[name], f"{path}:{name}")}
 
 
 def _given(value: Any, schema: Any, path: str = "") -> set[str]:
+    schema = schema[1] if isinstance(schema, tuple) and schema[0] == "null" else schema
     if not isinstance(schema, dict):
         return {path}
     return {
@@ -214,7 +216,7 @@ WRONG = [
     ({"listen_addresses": ["0.0.0.0"]}, "listen_addresses:0", "0.0.0.0", "allow_remote"),
     ({"allow_remote": "yes"}, "allow_remote", '"yes"', "true or false"),
     ({"allow_remote": 1}, "allow_remote", "1", "true or false"),
-    ({"hba": None}, "hba", "null", "a mapping"),
+    *(({name: None}, name, "null", "a mapping") for name in ("backup", "hba", "secret", "tuning")),
     ({"hba": {"preset": "hard"}}, "hba:preset", '"hard"', "default, hardened"),
     ({"hba": {"before": [5]}}, "hba:before:0", "a value", "a mapping"),
     (_rule(method="foo"), "hba:before:0:method", '"foo"', "trust, peer"),
@@ -370,6 +372,7 @@ RIGHT = [
     {"role": "ünïcode-röle", "database": "all"},
     {"role": "owner", "databases": {"x": {"owner": "owner"}, "y": None}},
     {"roles": {"r": None}, "databases": {"x": {"owner": "r"}}},
+    dict.fromkeys(("adopt", "databases", "maintenance", "roles", "settings")),
     {"roles": {"r": {"password_pillar": "vault:r"}}},
     _rule(address="fd00::/8"),
     _rule(address="samenet", user="+staff"),
@@ -489,6 +492,18 @@ def test_roles_may_share_a_file():
     """With a key each, whoever says the owners and the mode."""
     roles = {"a": {"secret": OURS}, "b": {"secret": {**OURS, "key": "S", "owner": "root"}}}
     assert problems({"roles": roles}) == []
+
+
+def test_a_role_connects_to_databases_that_are_declared():
+    """The application's counts, by its default name as well; a mistake is named with its place."""
+    told = {"databases": {"metrics": None}, "roles": {"r": {"connect": ["autobot_slm", "metrics"]}}}
+    assert problems(told) == []
+    assert problems({**told, "database": "other"}) == [
+        f'{TOP}:roles:r:connect:0: "autobot_slm" is not declared; add it to {TOP}:databases'
+    ]
+    assert problems({"roles": {"r": {"connect": "metrics"}}}) == [
+        f"{TOP}:roles:r:connect: text that is not shown here is given; allowed: a list"
+    ]
 
 
 def test_one_source_for_a_password():

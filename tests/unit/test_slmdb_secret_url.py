@@ -131,3 +131,48 @@ def test_what_has_no_password_is_not_unclear(text):
     """There is nothing to compare."""
     assert not url.unclear(text)
     assert not url.stale(text, "p")
+
+
+OTHER = "is for database other, not autobot_slm"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (own("p", "127.0.0.1:5432/other?ssl=disable"), OTHER),
+        (own("p", "localhost/other"), OTHER),
+        (own("a/b?c#d:e", "[::1]/oth%65r"), OTHER),
+        ("postgresql:///other", OTHER),
+        ("postgresql://localhost:5432/other?application_name=slm", OTHER),
+        ("postgresql://other@localhost", OTHER),
+        ("sqlite:///x.db", "is for sqlite, not PostgreSQL"),
+        ("mysql+aiomysql://u:p@db.example/autobot_slm", "is for mysql+aiomysql, not PostgreSQL"),
+        (own("p", "127.0.0.1:5432/autobot_slm?ssl=disable"), None),
+        (own("p", "127.0.0.1:6432/other"), None),
+        (own("p", "db.example/other"), None),
+        (own("p", "h1:5432,h2:5432/other"), None),
+        (own("p", "localhost/other?host=db.example"), None),
+        (own("p", "localhost/other?a=b&port=6432"), None),
+        (own("p", "localhost"), None),
+        (own("p@localhost/rest", "h/other"), None),
+        (own("p", "localhost/other # ours"), None),
+        (own("p", "localhost/other%0A"), None),
+        ("postgresql:///autobot_slm", None),
+        ("postgresql:///?host=/run/postgresql&dbname=other", None),
+        ("p://w@h", None),
+        ("plain", None),
+        ("", None),
+    ],
+)
+def test_a_url_for_another_database_of_this_server_leads_the_backend_elsewhere(text, said):
+    """Another host or port may be a pooler; what is not understood is not quoted."""
+    assert url.elsewhere(WANT, text) == said
+
+
+def test_a_url_that_the_next_run_writes_leads_nowhere_else():
+    """It holds a password of ours, so that it is written as a whole."""
+    values = {"SLM_DB_PASSWORD": "mine", "A": own("mine", "localhost/other")}
+    values["B"] = "postgresql://r:theirs@localhost/other"
+    want = {**WANT, "key": "SLM_DB_PASSWORD", "url_keys": ["A", "B", "C"]}
+    store = type("Store", (), {"values": lambda self: values})()
+    assert url.elsewhere_urls(want, store) == {"B": OTHER}
