@@ -327,7 +327,7 @@ def test_a_server_that_goes_away_in_a_migration(migrated, monkeypatch, back):
     kill = f"kill -9 {migrated.call('slmdb_instance.facts')['pid']}"
     start = "sleep 1; until pg_ctlcluster 15 main start; do sleep 0.5; done"
     script = f"until [ -s {begun} ]; do sleep 0.1; done; {kill}; {start if back else ''}"
-    with subprocess.Popen(["sh", "-c", script], stdout=-3, stderr=-3):
+    with subprocess.Popen(["timeout", "90", "sh", "-c", script], stdout=-3, stderr=-3):
         line = refused(migrated)
     if not back:
         subprocess.run(["sh", "-c", start], check=True, capture_output=True, timeout=60)
