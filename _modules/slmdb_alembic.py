@@ -429,8 +429,9 @@ def _ask(found: dict[str, Any], words: list[str], timeout: float) -> dict[str, A
         given = json.loads(output)
         reason = given.get("error")
     except (ValueError, AttributeError):
+        killed = __salt__["slmdb_program.fate"](process.returncode)
         lines = errors.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-        reason = lines[-1].strip()
+        reason = f"it {killed}" if killed else lines[-1].strip()
     if reason:
         raise CommandExecutionError(
             f"Alembic cannot be asked with {found['python']}: {reason[:300]}"

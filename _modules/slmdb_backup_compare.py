@@ -298,5 +298,8 @@ def check(**where: Any) -> list[str]:
     status, output, errors = listen(*words, as_server=True, environment=environment)
     if not status:
         return []
+    killed = __salt__["slmdb_program.fate"](status)
+    if killed:
+        return [f"pg_amcheck {killed}"]
     lines = [line.strip() for line in (output + errors).splitlines() if line.strip()]
     return [f"pg_amcheck: {line}" for line in lines[:SHOWN] or ["failed without a word"]]

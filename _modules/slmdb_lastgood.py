@@ -153,11 +153,15 @@ def _attempt(verb: str) -> None:
     began = time.monotonic()
     # If systemd cannot be asked nothing is done: that is no fault of the configuration.
     __salt__["slmdb_service.parked"]()
+    before = __salt__["slmdb_instance.facts"]()["pid"]
     try:
         __salt__[f"slmdb_service.{verb}"]()
         return
     except CommandExecutionError as err:
         words = str(err.strerror)
+    # Nor is it one if the server of before goes on: nobody has tried the configuration yet.
+    if __salt__["slmdb_server.available"]() and __salt__["slmdb_instance.facts"]()["pid"] == before:
+        raise CommandExecutionError(f"the server was not {verb}ed: {words}")
     if not restore():
         raise CommandExecutionError(f"the server did not start: {_placed(words)}")
     try:

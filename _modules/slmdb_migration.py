@@ -406,7 +406,8 @@ def script(target: str | None = None) -> str:
     seconds = __salt__["slmdb_pillar.get"]("migration", "timeout")
     done = __salt__["slmdb_alembic.alembic"](["upgrade", between, "--sql"], seconds)
     if done["retcode"] != 0:
-        raise CommandExecutionError(f"alembic upgrade --sql: {last_line(done['stderr'])}")
+        why = __salt__["slmdb_program.fate"](done["retcode"]) or last_line(done["stderr"])
+        raise CommandExecutionError(f"alembic upgrade --sql: {why}")
     return done["stdout"]
 
 

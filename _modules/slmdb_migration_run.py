@@ -20,6 +20,8 @@ __virtualname__ = "slmdb_migration_run"
 log = logging.getLogger(__name__)
 
 # There from before the first tables until they are all made: a kill in between is no reason to ask.
+AWAY = "The server is away; slmdb.revision tells where the database is when it is back."
+PATIENCE = 30  # seconds for a server that crashed to be back
 LATELY = 86400  # seconds; what is there later is not left by a kill
 BEGUN = "/var/lib/autobot-slm-database/initialize.begun"
 LOCK = 0x736C6D  # "slm", the key of the advisory lock in the database
@@ -167,6 +169,9 @@ def _initialize(seconds: float) -> None:
 def _how(done: dict[str, Any], seconds: float) -> str:
     if done["retcode"] is None:
         return f"was ended because it took longer than {seconds} s (slm_database:migration:timeout)"
+    killed = __salt__["slmdb_program.fate"](done["retcode"])
+    if killed:
+        return killed
     return f"failed: {__salt__['slmdb_migration.last_line'](done['stderr'] or done['stdout'])}"
 
 
@@ -213,12 +218,22 @@ def _upgrade(plan: dict[str, Any], done: dict[str, Any], seconds: float) -> None
         ran = __salt__["slmdb_alembic.alembic"](["upgrade", plan["target"]], seconds)
     if ran["retcode"] == 0:
         return
+    how = f"alembic upgrade {plan['target']} {_how(ran, seconds)}.{watch.sentence()}"
+    if not _answers():
+        raise CommandExecutionError(f"{how} {AWAY}")
     _end_own_sessions()
     done["to"] = now = __salt__["slmdb_migration.tracked"]()["current"]
-    raise CommandExecutionError(
-        f"alembic upgrade {plan['target']} {_how(ran, seconds)}.{watch.sentence()} "
-        + _where(plan, now, shape)
-    )
+    raise CommandExecutionError(f"{how} {_where(plan, now, shape)}")
+
+
+def _answers() -> bool:
+    """Whether the server is there, or is back in time if that was why the migration failed."""
+    deadline = time.monotonic() + PATIENCE
+    while not __salt__["slmdb_server.available"]():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _where(plan: dict[str, Any], now: list[str], shape: str) -> str:
@@ -262,7 +277,8 @@ def run(target: str | None = None) -> dict[str, Any]:
                 _migrate(plan, done)
             except CommandExecutionError as err:
                 ways = ways_out(done["restore_point"], done["backup"])
-                raise CommandExecutionError(f"{err}{ways}") from err
+                dot = "." if ways and not str(err).endswith(".") else ""
+                raise CommandExecutionError(f"{err}{dot}{ways}") from err
     return done
 
 

@@ -444,7 +444,8 @@ def run(
     except OSError as err:
         raise CommandExecutionError(f"pgbackrest cannot be run: {err.strerror}") from err
     if status:
-        why = f"it was ended by signal {-status}" if status < 0 else _why(said + text, options)
+        killed = __salt__["slmdb_program.fate"](status)
+        why = f"it {killed}" if killed else _why(said + text, options)
         raise CommandExecutionError(f"pgbackrest {verb}: {why}")
     return text
 

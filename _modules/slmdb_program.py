@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -118,8 +119,32 @@ def run(*words: str, **how: Any) -> str:
     status, output, errors = listen(*words, **how)
     if status:
         name = os.path.basename(words[0])
-        raise CommandExecutionError(f"{name}: {_why(errors or output, status)}")
+        killed = fate(status)
+        raise CommandExecutionError(
+            f"{name} {killed}" if killed else f"{name}: {_why(errors or output, status)}"
+        )
     return output.strip()
+
+
+def fate(status: int | None) -> str:
+    """
+    Say of a program that a signal ended that it was that.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_program.fate -9
+
+    status
+        Its status as Python has it, a signal as a negative number; ``None``: unknown.
+
+    Returns words that follow its name, empty if no signal ended it. Raises nothing.
+    """
+    if status is None or status >= 0:
+        return ""
+    memory = " (out of memory? journalctl -k tells)" if status == -signal.SIGKILL else ""
+    return f"was killed by signal {-status}{memory}"
 
 
 def _why(text: str, status: int) -> str:

@@ -157,8 +157,9 @@ def _initialise(found: dict[str, Any]) -> None:
         check=False,
     )
     if answer.returncode:
+        killed = __salt__["slmdb_program.fate"](answer.returncode)
         lines = answer.stdout.decode(errors="replace").strip().splitlines() or ["no output"]
-        raise CommandExecutionError(f"initdb of a scratch instance: {lines[-1]}")
+        raise CommandExecutionError(f"initdb of a scratch instance: {killed or lines[-1]}")
 
 
 def _copy_configuration(found: dict[str, Any], conf: str) -> None:

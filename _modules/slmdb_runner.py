@@ -48,6 +48,7 @@ minion_id_caching: false
 user: root
 """
 # What is said is shown only if it went wrong, and then its end: it may reach the journal or a mail.
+# Salt's own answer to a signal would be the status 0; where there is one already, it takes that.
 LAUNCHER = """\
 #!/bin/sh
 # Written by the slm_database formula; changes are lost.
@@ -63,7 +64,15 @@ if [ ! -e {record} ]; then
   exit 1
 fi
 mkdir -p {cache} && chmod 0700 {cache} || exit 1
-said=$({python} -c 'from salt.scripts import salt_call; salt_call()' \\
+said=$({python} -c '
+import signal, sys
+from salt.scripts import salt_call
+def end(number, frame):
+    print("interrupted by", signal.Signals(number).name, file=sys.stderr)
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, end)
+salt_call()' \\
   --local --config-dir="$here" --module-dirs="$here" --retcode-passthrough --no-color \\
   --out=yaml "$@" 2>&1 </dev/null)
 status=$?

@@ -18,6 +18,8 @@ __virtualname__ = "slmdb_service"
 PATIENCE = 60
 STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "DropInPaths", "MainPID")
 BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
+# What a session was told, and not the server: Debian's prefix has its user and database.
+_SESSION = re.compile(r"\S@\S+ +[A-Z]+:")
 OUTSIDE = "running outside our unit"
 PARKED = "which waits for a window or an approval"
 # Seconds for systemd's answer: a report has a deadline, and this if its own is a short one; a run
@@ -35,7 +37,12 @@ def __virtual__() -> str:
 def _run(command: list[str]) -> None:
     answer = __salt__["cmd.run_all"](command, python_shell=False, ignore_retcode=True)
     if answer["retcode"]:
-        raise CommandExecutionError(f"{' '.join(command)}: {_why(answer)}")
+        raise _failed(command, answer)
+
+
+def _failed(command: list[str], answer: dict) -> CommandExecutionError:
+    line, killed = " ".join(command), __salt__["slmdb_program.fate"](answer["retcode"])
+    return CommandExecutionError(f"{line} {killed}" if killed else f"{line}: {_why(answer)}")
 
 
 def _why(answer: dict) -> str:
@@ -47,7 +54,8 @@ def _why(answer: dict) -> str:
         # What the server said last may be on its way there.
         __salt__["cmd.run_all"](["journalctl", "--sync"], python_shell=False, ignore_retcode=True)
         text = __salt__["cmd.run_all"](journal, python_shell=False)["stdout"] or text
-    lines = text.strip().splitlines() or ["no output"]
+    lines = [line for line in text.strip().splitlines() if not _SESSION.search(line)]
+    lines = lines or (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
     for number, line in reversed(list(enumerate(lines))):
         for word in ("FATAL:", "PANIC:", "ERROR:"):
             if word in line:
@@ -62,11 +70,35 @@ def _logged(line: str) -> str:
     return line.partition("LOG:")[2].strip()
 
 
+def _systemctl(verb: str, found: dict) -> None:
+    """Fails only if the server did not do it, whatever became of systemctl."""
+    command = ["systemctl", verb, found["unit"]]
+    answer = __salt__["cmd.run_all"](command, python_shell=False, ignore_retcode=True)
+    if not answer["retcode"]:
+        return
+    if __salt__["slmdb_program.fate"](answer["retcode"]):
+        # The job is systemd's and goes on: who asks for the same once more waits for its end.
+        again = ["systemctl", "stop" if verb == "stop" else "start", found["unit"]]
+        joined = __salt__["cmd.run_all"](again, python_shell=False, ignore_retcode=True)
+        if joined["retcode"]:
+            command, answer = again, joined
+    if not _did(verb, found):
+        raise _failed(command, answer)
+
+
+def _did(verb: str, before: dict) -> bool:
+    """Whether the server was stopped, or answers and is another one than before."""
+    found = __salt__["slmdb_instance.facts"]()
+    if verb == "stop":
+        return not found["running"]
+    return found["pid"] != before["pid"] and __salt__["slmdb_server.available"]()
+
+
 def _act(verb: str) -> None:
     found = __salt__["slmdb_instance.facts"]()
     __salt__["slmdb_server.forget"]()
     if found["systemd"]:
-        _run(["systemctl", verb, found["unit"]])
+        _systemctl(verb, found)
         return
     command = ["pg_ctlcluster", found["version"], found["name"], verb]
     if verb in ("stop", "restart"):

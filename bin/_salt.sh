@@ -13,6 +13,8 @@ export PATH="${PATH:+$PATH:}/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 # Salt reads and writes UTF-8 whatever the host's locale is; apt must not ask.
 [ -n "${LC_ALL:-}${LANG:-}" ] || export LANG=C.UTF-8
 export DEBIAN_FRONTEND=noninteractive
+# By default Salt's exit status is 0 if a signal ends it, as if its work were done.
+export SALT_HARD_CRASH=1
 # What libpq and Debian's programs would obey: another server, another version.
 unset PYTHONHOME PYTHONPATH "${!PG@}"
 umask 022

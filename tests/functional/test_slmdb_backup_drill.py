@@ -234,6 +234,22 @@ def test_a_damaged_page_is_found(host):
         subprocess.run(copy["remove"].split(), check=True)
 
 
+@pytest.mark.once
+def test_a_check_that_a_signal_kills_is_called_that(host):
+    """Nobody looks for a broken index where memory was short."""
+    where = {"host": "/run/postgresql", "port": 5432}
+    connection = host.call("slmdb_server.connect")
+    connection.cursor().execute("LOCK TABLE log")
+    script = f"until pid=$(pgrep -P {os.getpid()} -x pg_amcheck); do sleep 0.1; done; kill -9 $pid"
+    try:
+        with subprocess.Popen(["timeout", "60", "sh", "-c", script]):
+            checked = host.call("slmdb_backup_compare.check", **where)
+    finally:
+        connection.close()
+    killed = "pg_amcheck was killed by signal 9 (out of memory? journalctl -k tells)"
+    assert checked == [killed]
+
+
 def execute_in_copy(minion, where, statement):
     connection = minion.call("slmdb_server.connect", **where)
     connection.autocommit = True

@@ -16,6 +16,7 @@ from tests.support.backend import sql
 from tests.support.wait import until
 
 APPROVED = {"slm_database": {"maintenance": {"approve": True}}}
+SLEEP = "SELECT pg_sleep(99)"
 BEGUN = Path("/var/lib/autobot-slm-database/initialize.begun")
 # A migration that lasts until the test has seen what it wants to see meanwhile.
 SLOW = (
@@ -307,6 +308,44 @@ def test_a_failing_migration_shows_no_secret(migrated):
         password = stream.read().split("SLM_DB_PASSWORD=")[1].splitlines()[0].strip("\"'")
     assert password not in line
     assert "postgresql+asyncpg://autobot_slm:" + password not in line
+
+
+def test_a_migration_that_a_signal_kills_is_called_that(migrated):
+    """Nobody looks in a migration for what the kernel did for want of memory."""
+    backend.add("e1", "d1", "Dies", sql("CREATE TABLE half (id int)"), "os.kill(os.getpid(), 9)")
+    assert (
+        "alembic upgrade head was killed by signal 9 (out of memory? journalctl -k tells). "
+        "The database is where it was: d1. Mend it"
+    ) in refused(migrated)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("back", [True, False], ids=["for a moment", "for longer"])
+def test_a_server_that_goes_away_in_a_migration(migrated, monkeypatch, back):
+    """What failed is named, and where the database is, as soon as anybody can know."""
+    patience = migrated.modules["slmdb_migration_run.ways_out"].func.__globals__
+    monkeypatch.setitem(patience, "PATIENCE", 30 if back else 1)
+    begun = backend.DIRECTORY / "begun"
+    begun.write_text("")
+    begun.chmod(0o666)
+    told = f"open({str(begun)!r}, 'w').write('begun')"
+    backend.add("e1", "d1", "Sleeps", sql("CREATE TABLE half (id int)"), told, sql(SLEEP))
+    kill = f"kill -9 {migrated.call('slmdb_instance.facts')['pid']}"
+    start = "sleep 1; until pg_ctlcluster 15 main start; do sleep 0.5; done"
+    script = f"until [ -s {begun} ]; do sleep 0.1; done; {kill}; {start if back else ''}"
+    with subprocess.Popen(["timeout", "90", "sh", "-c", script], stdout=-3, stderr=-3):
+        line = refused(migrated)
+    if not back:
+        subprocess.run(["sh", "-c", start], check=True, capture_output=True, timeout=60)
+    assert line.startswith("alembic upgrade head failed: ")
+    where = (
+        "The database is where it was: d1."
+        if back
+        else "The server is away; slmdb.revision tells where the database is when it is back."
+    )
+    assert f". {where} Mend it and run again; restore point " in line
+    assert "half" not in tables(migrated)
+    assert current(migrated) == ["d1"]
 
 
 @pytest.mark.once

@@ -41,6 +41,8 @@ def test_it_runs_as_the_server_if_told(host):
         ("echo 'one' >&2; echo 'the last' >&2; exit 2", "sh: the last"),
         ("echo 'only here'; exit 2", "sh: only here"),
         ("exit 3", "sh: ended with 3"),
+        ("echo begun; kill -TERM $$", "sh was killed by signal 15"),
+        ("kill -9 $$", "sh was killed by signal 9 (out of memory? journalctl -k tells)"),
     ],
 )
 def test_what_fails_is_one_line(host, script, line):

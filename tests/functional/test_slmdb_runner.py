@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,22 @@ def test_what_fails_is_said_and_has_a_status(applied):
     assert wrong.returncode == 3
     long = call(applied, "cmd.run_all", "seq 1 100000; false")
     assert long.returncode != 0 and len(long.stderr) <= 4000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_a_signal_ends_has_failed(applied, tmp_path, number):
+    """The unit of a timer must not look like one whose work was done."""
+    begun = tmp_path / "begun"
+    words = applied.call(
+        "slmdb_runner.command", "cmd.run", f"echo $PPID >{begun}; sleep 60 & wait $!"
+    )
+    with subprocess.Popen(words, env=BARE, cwd="/", stderr=subprocess.PIPE, text=True) as job:
+        while not (begun.exists() and begun.read_text().strip()):
+            assert job.poll() is None
+            time.sleep(0.05)
+        os.kill(int(begun.read_text()), number)
+        assert job.stderr.read().strip() == f"interrupted by {number.name}"
+    assert job.returncode == 128 + number
 
 
 def test_a_host_that_was_never_applied_as_a_whole_is_told_so(instance, minions):

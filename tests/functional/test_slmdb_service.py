@@ -77,6 +77,14 @@ def test_an_error_does_not_quote_the_statement(server):
 
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >>{0}/asked
+if [ "$1" = restart ]; then
+  [ -e {0}/killed-at-once ] && kill -9 $$
+  [ -e {0}/failed ] && exit 1
+  # The server's job is systemd's: it goes on while systemctl is gone.
+  pg_ctlcluster --skip-systemctl-redirect 15 main restart >/dev/null 2>&1
+  head -n 1 /var/lib/postgresql/15/main/postmaster.pid >{0}/pid
+  [ -e {0}/killed ] && kill -9 $$
+fi
 [ "$1" = show ] || exit 0
 [ -e {0}/slow ] && exec sleep 60
 [ -e {0}/failing ] && {{ echo "Failed to connect to bus" >&2; exit 1; }}
@@ -132,6 +140,55 @@ def test_systemd_that_cannot_be_asked_takes_no_configuration_back(server, system
     with pytest.raises(CommandExecutionError, match=f"^{UNANSWERED}"):
         server.call("slmdb_lastgood.restart")
     assert ours.read_text() == "max_connections = 50\n"
+
+
+OURS = Path("/etc/postgresql/15/main/conf.d/50-autobot-slm.conf")
+
+
+def test_a_restart_whose_systemctl_was_killed_is_done_if_the_server_did_start(server, systemd):
+    """Its settings are in force, and stay."""
+    (systemd / "killed").touch()
+    OURS.write_text("max_connections = 50\n")
+    before = server.call("slmdb_instance.facts")["pid"]
+    server.call("slmdb_lastgood.restart")
+    assert server.call("slmdb_instance.facts")["pid"] != before
+    assert server.call("slmdb_server.query", "SHOW max_connections") == [{"max_connections": "50"}]
+    assert OURS.read_text() == "max_connections = 50\n"
+
+
+def test_a_restart_that_was_not_begun_takes_no_configuration_back(server, systemd):
+    """The server that runs is the one of before: what waits for it goes on waiting."""
+    (systemd / "killed-at-once").touch()
+    OURS.write_text("max_connections = 50\n")
+    before = server.call("slmdb_instance.facts")["pid"]
+    with pytest.raises(CommandExecutionError) as caught:
+        server.call("slmdb_lastgood.restart")
+    assert str(caught.value) == (
+        "the server was not restarted: systemctl restart autobot-slm-database was killed by signal "
+        "9 (out of memory? journalctl -k tells)"
+    )
+    assert server.call("slmdb_instance.facts")["pid"] == before
+    assert OURS.read_text() == "max_connections = 50\n"
+
+
+JOURNAL = """#!/bin/sh
+[ "$1" = --sync ] && exit
+cat <<'END'
+2026-11-26 12:00:01.000 UTC [11] FATAL:  could not map anonymous shared memory
+2026-11-26 12:00:01.100 UTC [12] root@root FATAL:  no pg_hba.conf entry for host "[local]"
+2026-11-26 12:00:01.200 UTC [13] a@b ERROR:  division by zero
+END
+"""
+
+
+def test_the_words_of_a_failed_start_are_the_servers_own(server, systemd, tmp_path):
+    """Not what a session was told."""
+    program = tmp_path / "journalctl"
+    program.write_text(JOURNAL)
+    program.chmod(0o755)
+    (systemd / "failed").touch()
+    with pytest.raises(CommandExecutionError, match=r"could not map anonymous shared memory$"):
+        server.call("slmdb_service.restart")
 
 
 @pytest.mark.parametrize("how", ["failing", "slow"])

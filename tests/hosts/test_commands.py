@@ -15,7 +15,9 @@ def told():
 """
 FAILS = """
 {%- if pillar.get("until") %}
-{%- do salt["cmd.shell"]("until [ -e " ~ pillar["until"] ~ " ]; do sleep 0.1; done", timeout=120) %}
+{%- set file = pillar["until"] %}
+{%- set wait = "echo $PPID >" ~ file ~ ".pid; until [ -e " ~ file ~ " ]; do sleep 0.1; done" %}
+{%- do salt["cmd.shell"](wait, timeout=120) %}
 {%- endif %}
 This fails:
   test.{{ "succeed" if pillar.get("fine") else "fail" }}_without_changes: []
@@ -116,6 +118,53 @@ def test_a_killed_run_leaves_no_pillar_for_long(host):
     assert left and all(path.startswith("/run/") for path in left)
     host.run(f"{command} test=True pillar='{{fine: true}}'", timeout=200)
     assert host.run(f"grep -rls canary-1 {places}", check=False).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("kill", "status", "line"),
+    [
+        ("-TERM $apply", 143, "==> Interrupted by SIGTERM; run it again"),
+        ("-INT -- -$apply", 130, "==> Interrupted by SIGINT; run it again"),
+        ("-HUP $apply", 129, "==> Interrupted by SIGHUP; run it again"),
+        ("-TERM $(cat /root/until.pid)", 1, "==> Salt ended without a result; run it again"),
+        ("-INT $(cat /root/until.pid)", 1, "==> Salt ended without a result; run it again"),
+        ("-KILL $(cat /root/until.pid)", 137, "==> Salt ended without a result; run it again"),
+    ],
+)
+def test_an_interrupted_run_is_no_success(host, kill, status, line):
+    """It says so, asks no health, and ends after what it started."""
+    host.run("rm -f /root/until*")
+    command = f"{FORMULA}/bin/apply --file-root=/srv/other"
+    answer = host.run(
+        f"""
+        set -m
+        {command} pillar='{{fine: true, until: /root/until}}' >/root/said 2>&1 & apply=$!
+        timeout 100 sh -c 'until [ -s /root/until.pid ]; do sleep 0.1; done'
+        kill {kill}
+        sleep 1
+        ! kill -0 $apply 2>/dev/null || echo waits
+        touch /root/until
+        wait $apply
+        echo ended with $?
+        ls -d /run/autobot-slm-database-apply
+        ps -o pid=,args= -p $(cat /root/until.pid)
+        pgrep -af 'tail -n [+]1 --follow'
+        """,
+        check=False,
+    )
+    told = answer.stdout.splitlines()
+    assert told[-1] == f"ended with {status}"
+    assert told[0] == "waits" or "$apply" not in kill
+    said = host.read("/root/said")
+    assert any(one.startswith(line) for one in said.splitlines())
+    assert "health" not in said
+
+
+def test_an_interrupted_call_is_no_success(host):
+    """Whoever calls bin/salt-call from cron or a script learns that nothing was done."""
+    for number in ("TERM", "INT"):
+        call = f"timeout --preserve-status -s {number} 8 {FORMULA}/bin/salt-call test.sleep 60"
+        assert host.run(call, check=False).returncode != 0
 
 
 def test_a_minion_that_only_tests_by_itself_does_not_count(host):

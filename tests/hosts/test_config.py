@@ -91,6 +91,27 @@ def test_a_start_that_fails_all_the_same_goes_back_to_the_last_good_configuratio
     assert database.active(host) == "active" and database.ready(host) == database.READY
 
 
+KILLED = """#!/bin/sh
+[ "$1" = restart ] || exec /usr/bin/systemctl "$@"
+/usr/bin/systemctl "$@" & sleep 0.05
+kill -9 $! $$
+"""
+
+
+def test_a_restart_whose_systemctl_is_killed_goes_on(host):
+    """The new settings are in force; nothing is taken back and nothing has failed."""
+    before = database.postmaster(host)
+    host.write("/usr/local/sbin/systemctl", KILLED)
+    host.run("chmod 755 /usr/local/sbin/systemctl")
+    settings = {"settings": {"shared_buffers": "208MB"}, "restart": "now"}
+    try:
+        assert database.failed(told(host, settings, "slm_database.service")) == {}
+    finally:
+        host.run("rm /usr/local/sbin/systemctl")
+    assert database.postmaster(host) != before
+    assert database.sql(host, "show shared_buffers") == "208MB"
+
+
 def test_what_waits_for_a_restart_waits_until_it_is_permitted(host):
     """A run parks it; restart: now carries it out, once."""
     settings = {"settings": {"shared_buffers": "200MB"}}
