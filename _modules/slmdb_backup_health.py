@@ -30,6 +30,7 @@ TAIL = 256 * 1024
 PATIENCE = 0.5  # seconds for a repository's disk, more if the report's own time is a long one
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free, as for the data's disk
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
+JOB = "autobot-slm-backup-"  # how the units of the schedule begin
 LABEL = re.compile(r"\d{8}-\d{6}F(?:_\d{8}-\d{6}[DI])?")
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ P\d+ +[A-Z]+: (.*)")
 _DROPPED = re.compile(r"dropped WAL file '(?:.*/)?([0-9A-F]{24})")
@@ -55,8 +56,9 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
     ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
     ``last``, ``failed``, ``lacks`` (a segment from before it came into use) and ``closed`` (what
-    the server cannot use)), ``keys`` (what is wrong with them), ``stopped`` (a line for each unit
-    that is), ``aside`` (the data that a restore left there), ``wal`` (``archived``,
+    the server cannot use)), ``program`` (pgBackRest's, if it is missing), ``keys`` (what is wrong
+    with them), ``stopped`` (a line for each unit that is), ``ended`` (the jobs that ended badly,
+    and how), ``aside`` (the data that a restore left there), ``wal`` (``archived``,
     ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``), ``verified``, ``drill``
     and ``copy`` (as their modules have them). Raises ``CommandExecutionError`` if the settings
     cannot be told.
@@ -70,7 +72,9 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
         "enabled": True,
         "since": _moment(__salt__["slmdb_pgbackrest.since"]()),
         "repositories": [_repository(row, runs) for row in described],
+        "program": _missing_program(),
         "stopped": _stopped(),
+        "ended": _ended(),
         "aside": __salt__["slmdb_instance.aside"](),
         "keys": [line for number in encrypted for line in _key(number)],
         "wal": _wal(archiver or {}, runs, logged),
@@ -93,18 +97,39 @@ def _kept(path: str) -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def _stopped() -> list[str]:
-    """Jobs that systemd will not start, as far as the report's one question to it was answered."""
+def _missing_program() -> str | None:
+    """Where pgBackRest is not, though the package should have brought it there."""
+    program = __salt__["slmdb_pgbackrest.line"]("backup")[0]
+    return None if os.access(program, os.X_OK) else program
+
+
+def _jobs() -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """The jobs' units, as far as the report's one question to systemd was answered."""
     units = __context__.get("slmdb_units") or {}
-    shown = [(name, told) for name, told in units.items() if name.startswith("autobot-slm-backup-")]
+    yield from ((name, told) for name, told in units.items() if name.startswith(JOB))
+
+
+def _stopped() -> list[str]:
+    """Jobs that systemd will not start."""
     lines = []
-    for name, told in shown:
+    for name, told in _jobs():
         load, state = (told.get(key, [""])[0] for key in ("LoadState", "ActiveState"))
         if load == "masked":
             lines.append(f"{name} is masked")
         elif name.endswith(".timer") and told and state != "active":
             lines.append(f"{name} is {state}")
     return lines
+
+
+def _ended() -> dict[str, str]:
+    """The jobs whose last run ended badly, and how, such as ``exit-code 203``."""
+    return {
+        name.removeprefix(JOB).removesuffix(".service"): " ".join(
+            told.get(key, [""])[0] for key in ("Result", "ExecMainStatus")
+        )
+        for name, told in _jobs()
+        if told.get("ActiveState") == ["failed"]
+    }
 
 
 def _tail(path: str) -> str:
@@ -303,20 +328,33 @@ def _wal(
     failed, archived = archiver.get("failed_at"), archiver.get("archived_at")
     failing = failed is not None and (archived is None or failed > archived)
     text = _tail(f"{__salt__['slmdb_pgbackrest.logs']()}-archive-push.log")
-    dropped, reasons = _DROPPED.findall(text), __salt__["slmdb_pgbackrest.errors"](text)
+    dropped, waiting = _DROPPED.findall(text), _waiting()
     covered, gap = _covered(runs), max(dropped, default=None)
     bare = [number for number in numbers if covered.get(number, "") <= (gap or "")]
     return {
         "mode": archiver.get("mode"),
         "archived": archiver.get("archived"),
         "archived_at": _moment(archived),
-        "waiting_seconds": _waiting(),
+        "waiting_seconds": waiting,
         "failing": {"wal": archiver["failed"], "since": _moment(_ready(archiver["failed"]))}
         if failing
         else None,
-        "reason": reasons[-1] if failing and reasons else None,
+        "reason": _why(text) if failing or waiting is not None else None,
         "gap": gap if bare else None,
     }
+
+
+def _why(text: str) -> str | None:
+    """
+    What was said last since a segment was archived: by pgBackRest, or by the shell that could not
+    run it, which PostgreSQL does not count as a failure.
+    """
+    since = "\n" + text.rpartition("completed successfully")[2]
+    _, shell, rest = since.rpartition("\nsh: ")
+    reasons = __salt__["slmdb_pgbackrest.errors"](rest)
+    if reasons:
+        return reasons[-1]
+    return f"sh: {rest.splitlines()[0]}" if shell else None
 
 
 def _status() -> str:
@@ -400,6 +438,11 @@ def _judge(
     problems: list[str],
     warnings: list[str],
 ) -> None:
+    if found["program"]:
+        problems.append(
+            f"pgBackRest is not installed ({found['program']}), so nothing is backed up or "
+            "archived; state.apply slm_database.backup brings it"
+        )
     problems += found["keys"]
     problems += [f"{line}; state.apply slm_database.backup mends it" for line in found["stopped"]]
     if found["aside"]:
@@ -407,6 +450,7 @@ def _judge(
             f"a restore in place was interrupted, the data is in {found['aside']}: repeat the "
             "restore, or move it back to where it was and start the server"
         )
+    warnings += _failed(found)
     for part in (
         *(_backup(row, limits, now - began) for row in found["repositories"]),
         _archive(found["wal"], limits),
@@ -480,18 +524,33 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
         yield False, f"{name}: the backup of {failed['at']} failed: {failed['reason']}"
 
 
+def _failed(found: dict[str, Any]) -> Iterator[str]:
+    """The jobs that ended badly, but for what a backup's or the drill's own line says."""
+    last = found["drill"]["last"]
+    told = {"drill"} if last and not last["proven"] else set()
+    if any(row["failed"] for row in found["repositories"]):
+        told |= {"full", "differential"}
+    for job, how in found["ended"].items():
+        if job not in told:
+            unit = f"{JOB}{job}"
+            yield (
+                f"{unit} failed ({how}): journalctl -u {unit} says why, systemctl reset-failed "
+                f"{unit} forgets it"
+            )
+
+
 def _archive(wal: dict[str, Any], limits: dict[str, str]) -> Iterator[tuple[bool, str]]:
     if wal["mode"] == "off":
         yield False, "the server does not archive its WAL yet: archive_mode waits for a restart"
     waits, limit = wal["waiting_seconds"], limits["wal"]
     late = waits is not None and waits > _limit(limit)
+    why = f": {wal['reason']}" if wal["reason"] else ""
     if wal["failing"]:
         failing = wal["failing"]
         since = f" since {failing['since']}" if failing["since"] else ""
-        why = f": {wal['reason']}" if wal["reason"] else ""
         yield late, f"WAL segment {failing['wal']} cannot be archived{since}{why}"
     elif late:
-        yield True, f"WAL waits for {_words(waits)} to be archived, limit {limit}"
+        yield True, f"WAL waits for {_words(waits)} to be archived, limit {limit}{why}"
     if wal["gap"]:
         yield (
             True,

@@ -17,6 +17,7 @@ __virtualname__ = "slmdb_service"
 PATIENCE = 60
 STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "DropInPaths", "MainPID")
 BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
+JOB = ("Result", "ExecMainStatus")
 OUTSIDE = "running outside our unit"
 PARKED = "which waits for a window or an approval"
 # Seconds for systemd's answer: a report has a deadline, and this if its own is a short one; a run
@@ -166,7 +167,7 @@ def _patience() -> int:
 
 
 def _shown(names: list[str], seconds: int) -> str:
-    command = ["systemctl", "show", "-p", ",".join((*STATE, *BACKEND)), "--", *names]
+    command = ["systemctl", "show", "-p", ",".join((*STATE, *BACKEND, *JOB)), "--", *names]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:

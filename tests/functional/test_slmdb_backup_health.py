@@ -21,6 +21,7 @@ BACKUPS = REPOSITORY / "backup/autobot-slm"
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 SINCE = Path("/var/lib/autobot-slm-database/backups-since")
 STATUS = Path("/var/lib/postgresql/15/main/pg_wal/archive_status")
+ARCHIVING = Path("/var/log/pgbackrest/autobot-slm-archive-push.log")
 QUEUE = {"slm_database": {"backup": {"queue_limit": "32MB"}}}
 
 
@@ -220,6 +221,32 @@ def test_a_failing_archiver_is_said_with_the_engine_s_reason(backed_up):
     write_wal(backed_up)
     until(lambda: not ready())
     assert "archived" not in said(backed_up) + said(backed_up, "warnings")
+
+
+@pytest.mark.once
+def test_a_program_that_is_gone_is_said_at_once(backed_up):
+    """Though the server counts no failure; WAL that waits too long has the shell's reason."""
+    Path("/run/nothing").touch(mode=0o644)
+    subprocess.run(["mount", "--bind", "/run/nothing", "/usr/bin/pgbackrest"], check=True)
+    try:
+        assert said(backed_up) == (
+            "pgBackRest is not installed (/usr/bin/pgbackrest), so nothing is backed up or "
+            "archived; state.apply slm_database.backup brings it"
+        )
+        write_wal(backed_up)
+        until(lambda: "sh: " in ARCHIVING.read_text())
+        assert ask(backed_up)["backup"]["wal"]["failing"] is None
+        for name in ready():
+            earlier(STATUS / name, 3)
+        assert "to be archived, limit 1h: sh: " in said(backed_up)
+        assert "pgbackrest: " in said(backed_up)
+        SINCE.unlink()
+        assert "pgBackRest" not in said(backed_up)
+    finally:
+        subprocess.run(["umount", "--lazy", "/usr/bin/pgbackrest"], check=True)
+    long_ago(0)
+    until(lambda: not ready())
+    assert said(backed_up) == ""
 
 
 @pytest.mark.once
