@@ -154,10 +154,23 @@ def _runs() -> list[dict[str, Any]]:
         stamp, words = match.groups()
         if words.startswith("backup command begin"):
             repository = re.search(r"--repo=(\d+)", words)
+            process = re.search(r"--exec-id=(\d+)-", words)
             runs.append({"repository": int(repository[1]) if repository else 1, "done": False})
+            if process and not _works(process[1]):
+                # What was killed had no time to write that it ended.
+                runs[-1]["at"] = datetime.fromisoformat(stamp).timestamp()
         if runs:
             _note(runs[-1], datetime.fromisoformat(stamp).timestamp(), words)
     return runs
+
+
+def _works(process: str) -> bool:
+    """Whether the process that began a backup is still at it."""
+    try:
+        with open(f"/proc/{process}/comm", encoding="utf-8") as stream:
+            return stream.read() == "pgbackrest\n"
+    except OSError:
+        return False
 
 
 def _note(run: dict[str, Any], at: float, words: str) -> None:

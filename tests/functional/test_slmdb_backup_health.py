@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 SINCE = Path("/var/lib/autobot-slm-database/backups-since")
 STATUS = Path("/var/lib/postgresql/15/main/pg_wal/archive_status")
 ARCHIVING = Path("/var/log/pgbackrest/autobot-slm-archive-push.log")
+BACKUP = ("slmdb_pgbackrest.line", "backup", "--repo=1")
 QUEUE = {"slm_database": {"backup": {"queue_limit": "32MB"}}}
 
 
@@ -202,6 +205,25 @@ def test_a_backup_that_failed_is_said_with_its_reason(backed_up):
         assert subprocess.run(command, check=False, capture_output=True).returncode
     assert "the backup of 20" in said(backed_up, "warnings")
     assert "failed: unable to" in said(backed_up, "warnings")
+    backed_up.call("slmdb_backup.create")
+    assert "failed" not in said(backed_up, "warnings")
+
+
+@pytest.mark.once
+def test_a_backup_that_was_killed_is_said(backed_up):
+    """Not while it works, though the log has only its beginning; until one is made."""
+    log = Path("/var/log/pgbackrest/autobot-slm-backup.log")
+    before = log.read_text()
+    command = backed_up.call("slmdb_program.command", *backed_up.call(*BACKUP))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        until(lambda: "backup command begin" in log.read_text().removeprefix(before))
+        written = log.read_text().removeprefix(before)
+        process = int(re.search(r"--exec-id=(\d+)-", written)[1])
+        os.kill(process, signal.SIGSTOP)
+        assert "failed" not in said(backed_up, "warnings")
+        os.kill(process, signal.SIGKILL)
+        child.wait(30)
+    assert "failed: it was ended" in said(backed_up, "warnings")
     backed_up.call("slmdb_backup.create")
     assert "failed" not in said(backed_up, "warnings")
 
