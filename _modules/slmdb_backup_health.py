@@ -53,8 +53,10 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     archiver
         The row of ``pg_stat_archiver`` that the report's query has; ``None``: not known.
 
-    Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
-    ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
+    Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``without`` (UTC; since
+    when there is an instance, if no run of the whole formula was ever completed), ``repositories``
+    (for each ``repository``, ``where``, ``local``, ``there``, ``held`` (whether it ever was, for an
+    instance of this host), ``backups``, ``free_percent`` (of its disk),
     ``last``, ``failed``, ``lacks`` (a segment from before it came into use) and ``closed`` (what
     the server cannot use)), ``program`` (pgBackRest's, if it is missing), ``keys`` (what is wrong
     with them), ``stopped`` (a line for each unit that is), ``ended`` (the jobs that ended badly,
@@ -68,9 +70,11 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     runs, described = _runs(), __salt__["slmdb_backup_repository.described"]()
     encrypted = __salt__["slmdb_backup_repository.encrypted"]()
     logged = [row["repository"] for row in described if row["type"] != "host"]
+    since = __salt__["slmdb_pgbackrest.since"]()
     return {
         "enabled": True,
-        "since": _moment(__salt__["slmdb_pgbackrest.since"]()),
+        "since": _moment(since),
+        "without": _moment(_without()) if since is None else None,
         "repositories": [_repository(row, runs) for row in described],
         "program": _missing_program(),
         "stopped": _stopped(),
@@ -86,6 +90,16 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
 
 def _moment(seconds: float | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _without() -> float | None:
+    """Since when there is an instance, if no run of the whole formula was ever completed."""
+    if __salt__["slmdb_pillar.recorded"]():
+        return None
+    data = __salt__["slmdb_instance.facts"]()["data_directory"]
+    with contextlib.suppress(OSError):
+        return os.stat(os.path.join(data, "PG_VERSION")).st_mtime  # as initdb wrote it
+    return None
 
 
 def _kept(path: str) -> dict[str, Any]:
@@ -195,7 +209,8 @@ def _repository(row: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
     ours = [run for run in runs if run["repository"] == number and "at" in run]
     made = [run for run in ours if run["done"] and "label" in run]
     known = ("there", "backups", "free_percent", "last", "failed", "closed")
-    answer = {**row, **dict.fromkeys(known), "lacks": _lacks(row, runs)}
+    held = _kept(HELD).get(str(number), {}).get("where") == row["where"]
+    answer = {**row, **dict.fromkeys(known), "held": held, "lacks": _lacks(row, runs)}
     if row["local"]:
         answer.update(_listed(row["path"], {run["label"]: run for run in made}, answer["lacks"]))
     elif row["type"] == "host":
@@ -437,7 +452,8 @@ def judge(found: dict[str, Any], settings: dict[str, Any], now: float) -> dict[s
     if not found["enabled"]:
         warnings.append("there are no backups: slm_database:backup:enabled is false")
     elif began is None:
-        warnings.append("backups are not set up yet; state.apply slm_database.backup does it")
+        for grave, line in _never(found, settings["limits"]["backup"], now):
+            (problems if grave else warnings).append(line)
     else:
         _judge(found, settings["limits"], now, began, problems, warnings)
     return {"problems": problems, "warnings": warnings}
@@ -480,6 +496,25 @@ def _judge(
         )
 
 
+def _never(found: dict[str, Any], limit: str, now: float) -> Iterator[tuple[bool, str]]:
+    """
+    Backups that pillar wants and no run set up. One that was killed comes to that; so does one of
+    a part of the formula, on purpose: both are well for as long as a backup may be old.
+    """
+    without = _seconds(found["without"])
+    if without is None:
+        yield False, "backups are not set up yet; state.apply slm_database.backup does it"
+        return
+    age = now - without
+    late = age > _limit(limit)
+    since = f" for {_words(age)}, limit {limit}" if late else " yet"
+    yield (
+        late,
+        f"backups are not set up{since}: no run of the whole formula was completed here; "
+        "state.apply slm_database does it",
+    )
+
+
 def _seconds(moment: str | None) -> float | None:
     if not moment:
         return None
@@ -504,7 +539,9 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
     name = f"repository {row['repository']} ({row['where']})"
     limit, last = limits["backup"], row["last"]
     if row["there"] is False:
-        yield True, f"{name} is not there; bring it back (is it mounted?)"
+        new = "not set up yet; state.apply slm_database.backup does it"
+        lost = "not there; bring it back (is it mounted?)"
+        yield True, f"{name} is {lost if row['held'] else new}"
     elif last is None:
         late = age > _limit(limit)
         since = f" for {_words(age)}, limit {limit}" if late else ""

@@ -22,6 +22,8 @@ REPOSITORY = Path("/var/lib/pgbackrest")
 BACKUPS = REPOSITORY / "backup/autobot-slm"
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 SINCE = Path("/var/lib/autobot-slm-database/backups-since")
+SETTINGS = SINCE.with_name("settings.json")
+HELD = SINCE.with_name("repositories.json")
 STATUS = Path("/var/lib/postgresql/15/main/pg_wal/archive_status")
 ARCHIVING = Path("/var/log/pgbackrest/autobot-slm-archive-push.log")
 BACKUP = ("slmdb_pgbackrest.line", "backup", "--repo=1")
@@ -118,6 +120,38 @@ def test_a_fresh_host_is_healthy_and_says_that_there_is_no_backup(host):
     assert "no backup yet for 27 h, limit 26h" in said(host)
     long_ago(16 * 24)
     assert "no restore was proven for 16 d, limit 15d" in said(host)
+
+
+@pytest.mark.once
+def test_a_run_that_never_came_to_an_end_is_not_well_for_ever(host):
+    """Backups are wanted and none will be made: well for as long as a backup may be old."""
+    SINCE.unlink()
+    version = STATUS.parents[1] / "PG_VERSION"
+    earlier(version, 30)
+    # A run was completed, without them: they were switched on since.
+    assert "backups are not set up yet; state.apply slm_database.b" in said(host, "warnings")
+    assert said(host) == ""
+    SETTINGS.unlink()
+    assert said(host).startswith(
+        "backups are not set up for 30 h, limit 26h: no run of the whole formula was completed"
+    )
+    os.utime(version)
+    assert said(host) == ""
+    assert "backups are not set up yet: no run of the whole" in said(host, "warnings")
+
+
+@pytest.mark.once
+def test_a_repository_that_was_never_there_is_no_lost_one(host):
+    """As a run leaves it that ended before it was made."""
+    HELD.unlink()
+    shutil.rmtree(BACKUPS)
+    assert said(host) == (
+        "repository 1 (/var/lib/pgbackrest) is not set up yet; state.apply slm_database.backup "
+        "does it"
+    )
+    shutil.rmtree(REPOSITORY / "archive")
+    assert host.state("slmdb_backup.present").result is True
+    assert said(host) == ""
 
 
 def test_the_last_backup_is_told_without_asking_the_engine(backed_up):

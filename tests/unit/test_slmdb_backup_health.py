@@ -15,11 +15,12 @@ LAST = {"label": "L", "at": "2027-01-15T07:00:00Z", "age_seconds": 3600, "damage
 WELL = {
     "enabled": True,
     "since": "2026-01-01T00:00:00Z",
+    "without": None,
     "repositories": [
         {"repository": 1, "where": "/r", "local": True, "there": True, "last": LAST, "failed": None}
-        | {"backups": 1, "lacks": None, "closed": None},
+        | {"backups": 1, "held": True, "lacks": None, "closed": None},
         {"repository": 2, "where": "s3", "local": False, "there": None, "last": LAST}
-        | {"backups": None, "failed": None, "lacks": None, "closed": None},
+        | {"backups": None, "held": True, "failed": None, "lacks": None, "closed": None},
     ],
     "program": None,
     "keys": [],
@@ -63,6 +64,14 @@ def test_well_is_silent(judge):
     ("changed", "words"),
     [
         ({"repositories__0__there": False}, "repository 1 (/r) is not there"),
+        (
+            {"repositories__0__there": False, "repositories__0__held": False},
+            "repository 1 (/r) is not set up yet; state.apply slm_database.backup does it",
+        ),
+        (
+            {"since": None, "without": "2027-01-14T05:00:00Z"},
+            "backups are not set up for 27 h, limit 26h: no run of the whole formula was completed",
+        ),
         ({"repositories__1__last": None}, "repository 2 (s3): no backup yet for"),
         ({"repositories__1__last": {**LAST, "age_seconds": 93601}}, "backup, L, is 26 h old"),
         ({"repositories__0__last": {**LAST, "damaged": True}}, "pages whose checksum is wrong"),
@@ -113,7 +122,12 @@ def test_a_problem(judge, changed, words):
     ("changed", "words"),
     [
         ({"enabled": False}, "slm_database:backup:enabled is false"),
-        ({"since": None}, "not set up yet"),
+        ({"since": None}, "backups are not set up yet; state.apply slm_database.backup does it"),
+        (
+            {"since": None, "without": "2027-01-15T07:00:00Z"},
+            "backups are not set up yet: no run of the whole formula was completed here; "
+            "state.apply slm_database does it",
+        ),
         ({"repositories": WELL["repositories"][:1]}, "backups are only local"),
         ({"copy__problem": "no off-host copy yet"}, "no off-host copy yet"),
         ({"ended": {"full": "exit-code 203"}}, "autobot-slm-backup-full failed (exit-code 203): "),
