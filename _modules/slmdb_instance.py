@@ -521,7 +521,12 @@ def trouble() -> str | None:
         kept = aside()
         if kept:
             back = f"mv {kept} {data}"
-        elif __salt__["slmdb_pillar.recorded"]() or __salt__["slmdb_backup_presence.orphan"]():
+        elif __salt__["slmdb_backup_presence.orphan"]():
+            back = (
+                "mount it if a mount is missing, or state.apply slm_database.recovery brings the "
+                "data back from the repository (docs/backup.md)"
+            )
+        elif __salt__["slmdb_pillar.recorded"]():
             back = "mount it if a mount is missing, or bring the data back (docs/backup.md)"
         else:
             back = f"bring the data back, or pg_dropcluster {found['version']} {NAME}"

@@ -427,9 +427,11 @@ def test_a_lost_instance_is_not_answered_with_an_empty_one(host, lost):
             shutil.rmtree(path)
             path.mkdir(mode=0o755)
     words = {
-        "data": "holds no data; mount it if a mount is missing, or bring the data back",
+        "data": "holds no data; mount it if a mount is missing, or state.apply "
+        "slm_database.recovery brings the data back from the repository",
         "configuration": f"holds data but {configuration}/main is missing",
-        "both": f"{REPOSITORY} holds the backups of an instance that is not here; bring it back",
+        "both": f"{REPOSITORY} holds the backups of an instance that is not here; mount it if a "
+        "mount is missing, or state.apply slm_database.recovery brings it back from there",
     }
     result = host.state("slmdb_instance.present")
     assert result.result is False and words[lost] in result.comment
@@ -437,3 +439,21 @@ def test_a_lost_instance_is_not_answered_with_an_empty_one(host, lost):
     (line,) = [line for line in host.call("slmdb.health")["problems"] if words[lost] in line]
     assert line in result.comment
     assert not list(configuration.glob("main/*.conf")) or lost == "data"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("lost", ["data", "both"])
+def test_a_lost_instance_comes_back_from_the_repository_of_the_same_host(backed_up, lost):
+    """By the command that health names, with nothing more in pillar."""
+    backed_up.call("slmdb_server.execute", "CREATE TABLE kept (n int)", database="autobot_slm")
+    backed_up.call("slmdb_backup.settle")
+    backed_up.call("slmdb_server.forget")
+    backed_up.call("slmdb_service.stop")
+    shutil.rmtree("/var/lib/postgresql/15/main")
+    if lost == "both":
+        shutil.rmtree("/etc/postgresql/15/main")
+    assert "state.apply slm_database.recovery" in said(backed_up)
+    states = backed_up.call("state.apply", "slm_database.recovery").raw.values()
+    assert [one["comment"] for one in states if one["result"] is False] == []
+    assert said(backed_up) == ""
+    assert backed_up.call("slmdb_health.missing_tables", ["kept"], "autobot_slm") == []
