@@ -29,6 +29,7 @@ TAIL = 256 * 1024
 PATIENCE = 0.5  # seconds for a repository's disk, more if the report's own time is a long one
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free, as for the data's disk
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
+JOB = "autobot-slm-backup-"  # how the units of the schedule begin
 LABEL = re.compile(r"\d{8}-\d{6}F(?:_\d{8}-\d{6}[DI])?")
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ P\d+ +[A-Z]+: (.*)")
 _DROPPED = re.compile(r"dropped WAL file '(?:.*/)?([0-9A-F]{24})")
@@ -51,11 +52,14 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     archiver
         The row of ``pg_stat_archiver`` that the report's query has; ``None``: not known.
 
-    Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``repositories`` (for each
-    ``repository``, ``where``, ``local``, ``there``, ``backups``, ``free_percent`` (of its disk),
+    Returns ``enabled``, ``since`` (UTC; from then on the limits count), ``without`` (UTC; since
+    when there is an instance, if no run of the whole formula was ever completed), ``repositories``
+    (for each ``repository``, ``where``, ``local``, ``there``, ``held`` (whether it ever was, for an
+    instance of this host), ``backups``, ``free_percent`` (of its disk),
     ``last``, ``failed``, ``lacks`` (a segment from before it came into use) and ``closed`` (what
-    the server cannot use)), ``keys`` (what is wrong with them), ``stopped`` (a line for each unit
-    that is), ``aside`` (the data that a restore left there), ``wal`` (``archived``,
+    the server cannot use)), ``program`` (pgBackRest's, if it is missing), ``keys`` (what is wrong
+    with them), ``stopped`` (a line for each unit that is), ``ended`` (the jobs that ended badly,
+    and how), ``aside`` (the data that a restore left there), ``wal`` (``archived``,
     ``archived_at``, ``waiting_seconds``, ``failing``, ``reason``, ``gap``), ``verified``, ``drill``
     and ``copy`` (as their modules have them). Raises ``CommandExecutionError`` if the settings
     cannot be told.
@@ -65,11 +69,15 @@ def facts(archiver: dict[str, Any] | None) -> dict[str, Any]:
     runs, described = _runs(), __salt__["slmdb_backup_repository.described"]()
     encrypted = __salt__["slmdb_backup_repository.encrypted"]()
     logged = [row["repository"] for row in described if row["type"] != "host"]
+    since = __salt__["slmdb_pgbackrest.since"]()
     return {
         "enabled": True,
-        "since": _moment(__salt__["slmdb_pgbackrest.since"]()),
+        "since": _moment(since),
+        "without": _moment(_without()) if since is None else None,
         "repositories": [_repository(row, runs) for row in described],
+        "program": _missing_program(),
         "stopped": _stopped(),
+        "ended": _ended(),
         "aside": __salt__["slmdb_instance.aside"](),
         "keys": [line for number in encrypted for line in _key(number)],
         "wal": _wal(archiver or {}, runs, logged),
@@ -83,23 +91,54 @@ def _moment(seconds: float | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
+def _without() -> float | None:
+    """Since when there is an instance, if no run of the whole formula was ever completed."""
+    if __salt__["slmdb_pillar.recorded"]():
+        return None
+    data = __salt__["slmdb_instance.facts"]()["data_directory"]
+    with contextlib.suppress(OSError):
+        return os.stat(os.path.join(data, "PG_VERSION")).st_mtime  # as initdb wrote it
+    return None
+
+
 def _kept(path: str) -> dict[str, Any]:
     """What was written down on this host."""
     return __salt__["slmdb_file.remembered"](path) or {}
 
 
-def _stopped() -> list[str]:
-    """Jobs that systemd will not start, as far as the report's one question to it was answered."""
+def _missing_program() -> str | None:
+    """Where pgBackRest is not, though the package should have brought it there."""
+    program = __salt__["slmdb_pgbackrest.line"]("backup")[0]
+    return None if os.access(program, os.X_OK) else program
+
+
+def _jobs() -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """The jobs' units, as far as the report's one question to systemd was answered."""
     units = __context__.get("slmdb_units") or {}
-    shown = [(name, told) for name, told in units.items() if name.startswith("autobot-slm-backup-")]
+    yield from ((name, told) for name, told in units.items() if name.startswith(JOB))
+
+
+def _stopped() -> list[str]:
+    """Jobs that systemd will not start."""
     lines = []
-    for name, told in shown:
+    for name, told in _jobs():
         load, state = (told.get(key, [""])[0] for key in ("LoadState", "ActiveState"))
         if load == "masked":
             lines.append(f"{name} is masked")
         elif name.endswith(".timer") and told and state != "active":
             lines.append(f"{name} is {state}")
     return lines
+
+
+def _ended() -> dict[str, str]:
+    """The jobs whose last run ended badly, and how, such as ``exit-code 203``."""
+    return {
+        name.removeprefix(JOB).removesuffix(".service"): " ".join(
+            told.get(key, [""])[0] for key in ("Result", "ExecMainStatus")
+        )
+        for name, told in _jobs()
+        if told.get("ActiveState") == ["failed"]
+    }
 
 
 def _tail(path: str) -> str:
@@ -124,10 +163,23 @@ def _runs() -> list[dict[str, Any]]:
         stamp, words = match.groups()
         if words.startswith("backup command begin"):
             repository = re.search(r"--repo=(\d+)", words)
+            process = re.search(r"--exec-id=(\d+)-", words)
             runs.append({"repository": int(repository[1]) if repository else 1, "done": False})
+            if process and not _works(process[1]):
+                # What was killed had no time to write that it ended.
+                runs[-1]["at"] = datetime.fromisoformat(stamp).timestamp()
         if runs:
             _note(runs[-1], datetime.fromisoformat(stamp).timestamp(), words)
     return runs
+
+
+def _works(process: str) -> bool:
+    """Whether the process that began a backup is still at it."""
+    try:
+        with open(f"/proc/{process}/comm", encoding="utf-8") as stream:
+            return stream.read() == "pgbackrest\n"
+    except OSError:
+        return False
 
 
 def _note(run: dict[str, Any], at: float, words: str) -> None:
@@ -152,7 +204,8 @@ def _repository(row: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, An
     ours = [run for run in runs if run["repository"] == number and "at" in run]
     made = [run for run in ours if run["done"] and "label" in run]
     known = ("there", "backups", "free_percent", "last", "failed", "closed")
-    answer = {**row, **dict.fromkeys(known), "lacks": _lacks(row, runs)}
+    held = _kept(HELD).get(str(number), {}).get("where") == row["where"]
+    answer = {**row, **dict.fromkeys(known), "held": held, "lacks": _lacks(row, runs)}
     if row["local"]:
         answer.update(_listed(row["path"], {run["label"]: run for run in made}, answer["lacks"]))
     elif row["type"] == "host":
@@ -298,20 +351,33 @@ def _wal(
     failed, archived = archiver.get("failed_at"), archiver.get("archived_at")
     failing = failed is not None and (archived is None or failed > archived)
     text = _tail(f"{__salt__['slmdb_pgbackrest.logs']()}-archive-push.log")
-    dropped, reasons = _DROPPED.findall(text), __salt__["slmdb_pgbackrest.errors"](text)
+    dropped, waiting = _DROPPED.findall(text), _waiting()
     covered, gap = _covered(runs), max(dropped, default=None)
     bare = [number for number in numbers if covered.get(number, "") <= (gap or "")]
     return {
         "mode": archiver.get("mode"),
         "archived": archiver.get("archived"),
         "archived_at": _moment(archived),
-        "waiting_seconds": _waiting(),
+        "waiting_seconds": waiting,
         "failing": {"wal": archiver["failed"], "since": _moment(_ready(archiver["failed"]))}
         if failing
         else None,
-        "reason": reasons[-1] if failing and reasons else None,
+        "reason": _why(text) if failing or waiting is not None else None,
         "gap": gap if bare else None,
     }
+
+
+def _why(text: str) -> str | None:
+    """
+    What was said last since a segment was archived: by pgBackRest, or by the shell that could not
+    run it, which PostgreSQL does not count as a failure.
+    """
+    since = "\n" + text.rpartition("completed successfully")[2]
+    _, shell, rest = since.rpartition("\nsh: ")
+    reasons = __salt__["slmdb_pgbackrest.errors"](rest)
+    if reasons:
+        return reasons[-1]
+    return f"sh: {rest.splitlines()[0]}" if shell else None
 
 
 def _status() -> str:
@@ -381,7 +447,8 @@ def judge(found: dict[str, Any], settings: dict[str, Any], now: float) -> dict[s
     if not found["enabled"]:
         warnings.append("there are no backups: slm_database:backup:enabled is false")
     elif began is None:
-        warnings.append("backups are not set up yet; state.apply slm_database.backup does it")
+        for grave, line in _never(found, settings["limits"]["backup"], now):
+            (problems if grave else warnings).append(line)
     else:
         _judge(found, settings["limits"], now, began, problems, warnings)
     return {"problems": problems, "warnings": warnings}
@@ -395,6 +462,11 @@ def _judge(
     problems: list[str],
     warnings: list[str],
 ) -> None:
+    if found["program"]:
+        problems.append(
+            f"pgBackRest is not installed ({found['program']}), so nothing is backed up or "
+            "archived; state.apply slm_database.backup brings it"
+        )
     problems += found["keys"]
     problems += [f"{line}; state.apply slm_database.backup mends it" for line in found["stopped"]]
     if found["aside"]:
@@ -402,6 +474,7 @@ def _judge(
             f"a restore in place was interrupted, the data is in {found['aside']}: repeat the "
             "restore, or move it back to where it was and start the server"
         )
+    warnings += _failed(found)
     for part in (
         *(_backup(row, limits, now - began) for row in found["repositories"]),
         _archive(found["wal"], limits),
@@ -416,6 +489,25 @@ def _judge(
             "backups are only local: a lost host loses them; slm_database:backup:second names a "
             "second repository"
         )
+
+
+def _never(found: dict[str, Any], limit: str, now: float) -> Iterator[tuple[bool, str]]:
+    """
+    Backups that pillar wants and no run set up. One that was killed comes to that; so does one of
+    a part of the formula, on purpose: both are well for as long as a backup may be old.
+    """
+    without = _seconds(found["without"])
+    if without is None:
+        yield False, "backups are not set up yet; state.apply slm_database.backup does it"
+        return
+    age = now - without
+    late = age > _limit(limit)
+    since = f" for {_words(age)}, limit {limit}" if late else " yet"
+    yield (
+        late,
+        f"backups are not set up{since}: no run of the whole formula was completed here; "
+        "state.apply slm_database does it",
+    )
 
 
 def _seconds(moment: str | None) -> float | None:
@@ -442,7 +534,9 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
     name = f"repository {row['repository']} ({row['where']})"
     limit, last = limits["backup"], row["last"]
     if row["there"] is False:
-        yield True, f"{name} is not there; bring it back (is it mounted?)"
+        new = "not set up yet; state.apply slm_database.backup does it"
+        lost = "not there; bring it back (is it mounted?)"
+        yield True, f"{name} is {lost if row['held'] else new}"
     elif last is None:
         late = age > _limit(limit)
         since = f" for {_words(age)}, limit {limit}" if late else ""
@@ -475,18 +569,33 @@ def _backup(row: dict[str, Any], limits: dict[str, str], age: float) -> Iterator
         yield False, f"{name}: the backup of {failed['at']} failed: {failed['reason']}"
 
 
+def _failed(found: dict[str, Any]) -> Iterator[str]:
+    """The jobs that ended badly, but for what a backup's or the drill's own line says."""
+    last = found["drill"]["last"]
+    told = {"drill"} if last and not last["proven"] else set()
+    if any(row["failed"] for row in found["repositories"]):
+        told |= {"full", "differential"}
+    for job, how in found["ended"].items():
+        if job not in told:
+            unit = f"{JOB}{job}"
+            yield (
+                f"{unit} failed ({how}): journalctl -u {unit} says why, systemctl reset-failed "
+                f"{unit} forgets it"
+            )
+
+
 def _archive(wal: dict[str, Any], limits: dict[str, str]) -> Iterator[tuple[bool, str]]:
     if wal["mode"] == "off":
         yield False, "the server does not archive its WAL yet: archive_mode waits for a restart"
     waits, limit = wal["waiting_seconds"], limits["wal"]
     late = waits is not None and waits > _limit(limit)
+    why = f": {wal['reason']}" if wal["reason"] else ""
     if wal["failing"]:
         failing = wal["failing"]
         since = f" since {failing['since']}" if failing["since"] else ""
-        why = f": {wal['reason']}" if wal["reason"] else ""
         yield late, f"WAL segment {failing['wal']} cannot be archived{since}{why}"
     elif late:
-        yield True, f"WAL waits for {_words(waits)} to be archived, limit {limit}"
+        yield True, f"WAL waits for {_words(waits)} to be archived, limit {limit}{why}"
     if wal["gap"]:
         yield (
             True,

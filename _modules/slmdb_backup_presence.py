@@ -94,8 +94,8 @@ def orphan() -> str | None:
         if row["local"] and there(row):
             return (
                 f"{_key(row)}: {row['path']} holds the backups of an instance that is not here; "
-                "bring it back (a mount may be missing; docs/backup.md), or, for an empty one, "
-                "move that repository away"
+                "mount it if a mount is missing, or state.apply slm_database.recovery brings it "
+                "back from there (docs/backup.md); for an empty one, move that repository away"
             )
     return None
 

@@ -125,9 +125,9 @@ def _at_the_wanted_port(existing: list[str]) -> list[str]:
     return [major for major in existing if _postmaster(_data(major)).get("port") == wanted]
 
 
-def _data(major: str) -> str:
-    own = _configured(f"{CONFIGURATION}/{major}/{NAME}/postgresql.conf").get("data_directory")
-    return own or f"{DATA}/{major}/{NAME}"
+def _data(major: str, name: str = NAME) -> str:
+    own = _configured(f"{CONFIGURATION}/{major}/{name}/postgresql.conf").get("data_directory")
+    return own or f"{DATA}/{major}/{name}"
 
 
 def version() -> str:
@@ -392,10 +392,27 @@ def port_problem() -> str | None:
     holders = _listeners(wanted)
     if not holders:
         return None
-    return (
+    return _held_by_cluster(found) or (
         f"slm_database:port: {wanted} is held by another program "
         f"(listens on {', '.join(sorted(set(holders)))}); end it or choose another port"
     )
+
+
+def _held_by_cluster(found: dict[str, Any]) -> str | None:
+    """Say which other cluster of Debian's has the wanted port: ours may be renamed."""
+    wanted = found["wanted_port"]
+    for path in sorted(glob.glob(f"{CONFIGURATION}/*/*/postgresql.conf")):
+        major, name = path.split("/")[-3:-1]
+        data = _data(major, name)
+        if data == found["data_directory"] or _postmaster(data).get("port") != wanted:
+            continue
+        ours = f"if it is ours, pg_renamecluster {major} {name} {NAME}, and apply again; if not, "
+        return (
+            f"slm_database:port: {wanted} is held by PostgreSQL's cluster {major}/{name} ({data}); "
+            f"{'' if found['exists'] else ours}pg_ctlcluster {major} {name} stop, or choose "
+            "another port"
+        )
+    return None
 
 
 def address_problems() -> list[str]:
@@ -519,7 +536,12 @@ def trouble() -> str | None:
         kept = aside()
         if kept:
             back = f"mv {kept} {data}"
-        elif __salt__["slmdb_pillar.recorded"]() or __salt__["slmdb_backup_presence.orphan"]():
+        elif __salt__["slmdb_backup_presence.orphan"]():
+            back = (
+                "mount it if a mount is missing, or state.apply slm_database.recovery brings the "
+                "data back from the repository (docs/backup.md)"
+            )
+        elif __salt__["slmdb_pillar.recorded"]():
             back = "mount it if a mount is missing, or bring the data back (docs/backup.md)"
         else:
             back = f"bring the data back, or pg_dropcluster {found['version']} {NAME}"
@@ -533,7 +555,7 @@ def trouble() -> str | None:
             f"{found['config_directory']} is missing; bring the configuration "
             "back, or move the data away"
         )
-    return __salt__["slmdb_backup_presence.orphan"]()
+    return _held_by_cluster(found) or __salt__["slmdb_backup_presence.orphan"]()
 
 
 def aside() -> str | None:

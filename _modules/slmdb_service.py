@@ -18,6 +18,7 @@ __virtualname__ = "slmdb_service"
 PATIENCE = 60
 STATE = ("ActiveState", "UnitFileState", "NeedDaemonReload", "DropInPaths", "MainPID")
 BACKEND = ("LoadState", "User", "Environment", "EnvironmentFiles")
+JOB = ("Result", "ExecMainStatus")
 # What a session was told, and not the server: Debian's prefix has its user and database.
 _SESSION = re.compile(r"\S@\S+ +[A-Z]+:")
 OUTSIDE = "running outside our unit"
@@ -202,7 +203,7 @@ def _patience() -> int:
 
 
 def _shown(names: list[str], seconds: int) -> str:
-    command = ["systemctl", "show", "-p", ",".join((*STATE, *BACKEND)), "--", *names]
+    command = ["systemctl", "show", "-p", ",".join((*STATE, *BACKEND, *JOB)), "--", *names]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:

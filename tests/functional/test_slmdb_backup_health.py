@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -21,7 +23,11 @@ REPOSITORY = Path("/var/lib/pgbackrest")
 BACKUPS = REPOSITORY / "backup/autobot-slm"
 KEY = Path("/etc/pgbackrest/autobot-slm/key.conf")
 SINCE = Path("/var/lib/autobot-slm-database/backups-since")
+SETTINGS = SINCE.with_name("settings.json")
+HELD = SINCE.with_name("repositories.json")
 STATUS = Path("/var/lib/postgresql/15/main/pg_wal/archive_status")
+ARCHIVING = Path("/var/log/pgbackrest/autobot-slm-archive-push.log")
+BACKUP = ("slmdb_pgbackrest.line", "backup", "--repo=1")
 QUEUE = {"slm_database": {"backup": {"queue_limit": "32MB"}}}
 
 
@@ -108,6 +114,38 @@ def test_a_fresh_host_is_healthy_and_says_that_there_is_no_backup(host):
     assert "no backup yet for 27 h, limit 26h" in said(host)
     long_ago(16 * 24)
     assert "no restore was proven for 16 d, limit 15d" in said(host)
+
+
+@pytest.mark.once
+def test_a_run_that_never_came_to_an_end_is_not_well_for_ever(host):
+    """Backups are wanted and none will be made: well for as long as a backup may be old."""
+    SINCE.unlink()
+    version = STATUS.parents[1] / "PG_VERSION"
+    earlier(version, 30)
+    # A run was completed, without them: they were switched on since.
+    assert "backups are not set up yet; state.apply slm_database.b" in said(host, "warnings")
+    assert said(host) == ""
+    SETTINGS.unlink()
+    assert said(host).startswith(
+        "backups are not set up for 30 h, limit 26h: no run of the whole formula was completed"
+    )
+    os.utime(version)
+    assert said(host) == ""
+    assert "backups are not set up yet: no run of the whole" in said(host, "warnings")
+
+
+@pytest.mark.once
+def test_a_repository_that_was_never_there_is_no_lost_one(host):
+    """As a run leaves it that ended before it was made."""
+    HELD.unlink()
+    shutil.rmtree(BACKUPS)
+    assert said(host) == (
+        "repository 1 (/var/lib/pgbackrest) is not set up yet; state.apply slm_database.backup "
+        "does it"
+    )
+    shutil.rmtree(REPOSITORY / "archive")
+    assert host.state("slmdb_backup.present").result is True
+    assert said(host) == ""
 
 
 def test_the_last_backup_is_told_without_asking_the_engine(backed_up):
@@ -200,6 +238,25 @@ def test_a_backup_that_failed_is_said_with_its_reason(backed_up):
 
 
 @pytest.mark.once
+def test_a_backup_that_was_killed_is_said(backed_up):
+    """Not while it works, though the log has only its beginning; until one is made."""
+    log = Path("/var/log/pgbackrest/autobot-slm-backup.log")
+    before = log.read_text()
+    command = backed_up.call("slmdb_program.command", *backed_up.call(*BACKUP))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        until(lambda: "backup command begin" in log.read_text().removeprefix(before))
+        written = log.read_text().removeprefix(before)
+        process = int(re.search(r"--exec-id=(\d+)-", written)[1])
+        os.kill(process, signal.SIGSTOP)
+        assert "failed" not in said(backed_up, "warnings")
+        os.kill(process, signal.SIGKILL)
+        child.wait(30)
+    assert "failed: it was ended" in said(backed_up, "warnings")
+    backed_up.call("slmdb_backup.create")
+    assert "failed" not in said(backed_up, "warnings")
+
+
+@pytest.mark.once
 def test_a_failing_archiver_is_said_with_the_engine_s_reason(backed_up):
     """At once as a warning, beyond the limit as a problem; an idle server waits for nothing."""
     assert ask(backed_up)["backup"]["wal"]["waiting_seconds"] is None
@@ -214,6 +271,32 @@ def test_a_failing_archiver_is_said_with_the_engine_s_reason(backed_up):
     write_wal(backed_up)
     until(lambda: not ready())
     assert "archived" not in said(backed_up) + said(backed_up, "warnings")
+
+
+@pytest.mark.once
+def test_a_program_that_is_gone_is_said_at_once(backed_up):
+    """Though the server counts no failure; WAL that waits too long has the shell's reason."""
+    Path("/run/nothing").touch(mode=0o644)
+    subprocess.run(["mount", "--bind", "/run/nothing", "/usr/bin/pgbackrest"], check=True)
+    try:
+        assert said(backed_up) == (
+            "pgBackRest is not installed (/usr/bin/pgbackrest), so nothing is backed up or "
+            "archived; state.apply slm_database.backup brings it"
+        )
+        write_wal(backed_up)
+        until(lambda: "sh: " in ARCHIVING.read_text())
+        assert ask(backed_up)["backup"]["wal"]["failing"] is None
+        for name in ready():
+            earlier(STATUS / name, 3)
+        assert "to be archived, limit 1h: sh: " in said(backed_up)
+        assert "pgbackrest: " in said(backed_up)
+        SINCE.unlink()
+        assert "pgBackRest" not in said(backed_up)
+    finally:
+        subprocess.run(["umount", "--lazy", "/usr/bin/pgbackrest"], check=True)
+    long_ago(0)
+    until(lambda: not ready())
+    assert said(backed_up) == ""
 
 
 @pytest.mark.once
@@ -338,9 +421,11 @@ def test_a_lost_instance_is_not_answered_with_an_empty_one(host, lost):
             shutil.rmtree(path)
             path.mkdir(mode=0o755)
     words = {
-        "data": "holds no data; mount it if a mount is missing, or bring the data back",
+        "data": "holds no data; mount it if a mount is missing, or state.apply "
+        "slm_database.recovery brings the data back from the repository",
         "configuration": f"holds data but {configuration}/main is missing",
-        "both": f"{REPOSITORY} holds the backups of an instance that is not here; bring it back",
+        "both": f"{REPOSITORY} holds the backups of an instance that is not here; mount it if a "
+        "mount is missing, or state.apply slm_database.recovery brings it back from there",
     }
     result = host.state("slmdb_instance.present")
     assert result.result is False and words[lost] in result.comment
@@ -348,3 +433,21 @@ def test_a_lost_instance_is_not_answered_with_an_empty_one(host, lost):
     (line,) = [line for line in ask(host)["problems"] if words[lost] in line]
     assert line in result.comment
     assert not list(configuration.glob("main/*.conf")) or lost == "data"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("lost", ["data", "both"])
+def test_a_lost_instance_comes_back_from_the_repository_of_the_same_host(backed_up, lost):
+    """By the command that health names, with nothing more in pillar."""
+    backed_up.call("slmdb_server.execute", "CREATE TABLE kept (n int)", database="autobot_slm")
+    backed_up.call("slmdb_backup.settle")
+    backed_up.call("slmdb_server.forget")
+    backed_up.call("slmdb_service.stop")
+    shutil.rmtree("/var/lib/postgresql/15/main")
+    if lost == "both":
+        shutil.rmtree("/etc/postgresql/15/main")
+    assert "state.apply slm_database.recovery" in said(backed_up)
+    states = backed_up.call("state.apply", "slm_database.recovery").raw.values()
+    assert [one["comment"] for one in states if one["result"] is False] == []
+    assert said(backed_up) == ""
+    assert backed_up.call("slmdb_health.missing_tables", ["kept"], "autobot_slm") == []

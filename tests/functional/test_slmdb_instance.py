@@ -17,6 +17,7 @@ from tests.functional.conftest import start_server
 
 DATA = "/var/lib/postgresql/15/main"
 CONFIGURATION = "/etc/postgresql/15/main"
+REPOSITORY_OF_OURS = Path("/var/lib/pgbackrest/backup/autobot-slm/backup.info")
 
 
 def create(*options: str) -> None:
@@ -171,6 +172,51 @@ def test_a_port_held_by_another_program_is_named(host, address):
     assert result.result is False
     assert "slm_database:port: 5432 is held by another program" in str(result.comment)
     assert host.state("slmdb_instance.port_available").result is True
+
+
+@pytest.mark.once
+def test_an_instance_that_was_renamed_is_named_as_what_it_is(host):
+    """By a run and by health, whose backups are here or not; nobody is told only to end it."""
+    create("--port", "5432")
+    subprocess.run(["pg_ctlcluster", "15", "main", "start"], check=True)
+    subprocess.run(["pg_renamecluster", "15", "main", "old"], check=True)
+    data = "/var/lib/postgresql/15/old"
+    line = (
+        f"slm_database:port: 5432 is held by PostgreSQL's cluster 15/old ({data}); if it is ours, "
+        "pg_renamecluster 15 old main, and apply again; if not, pg_ctlcluster 15 old stop, or "
+        "choose another port"
+    )
+    try:
+        REPOSITORY_OF_OURS.parent.mkdir(parents=True)
+        for prepare in (lambda: None, REPOSITORY_OF_OURS.touch):
+            prepare()
+            for state in ("slmdb_instance.port_available", "slmdb_instance.present"):
+                result = host.state(state)
+                assert (result.result, result.comment) == (False, line)
+            assert host.call("slmdb.health", 15)["problems"][0] == line
+        subprocess.run(["pg_renamecluster", "15", "old", "main"], check=True)
+        assert host.state("slmdb_instance.port_available").result is True
+        assert host.state("slmdb_instance.present").changes == {}
+    finally:
+        for name in {"main", "old"} & set(os.listdir("/etc/postgresql/15")):
+            subprocess.run(["pg_dropcluster", "--stop", "15", name], check=True)
+
+
+@pytest.mark.once
+def test_another_cluster_at_the_port_is_named_though_ours_is_there(host):
+    """Then there is nothing to rename."""
+    create("--port", "5433")
+    subprocess.run(["pg_createcluster", "--port", "5432", "15", "other"], check=True)
+    subprocess.run(["pg_ctlcluster", "15", "other", "start"], check=True)
+    try:
+        result = host.state("slmdb_instance.port_available")
+        assert (result.result, result.comment) == (
+            False,
+            "slm_database:port: 5432 is held by PostgreSQL's cluster 15/other "
+            "(/var/lib/postgresql/15/other); pg_ctlcluster 15 other stop, or choose another port",
+        )
+    finally:
+        subprocess.run(["pg_dropcluster", "--stop", "15", "other"], check=True)
 
 
 @pytest.mark.parametrize("sock_diag", [True, False])

@@ -180,6 +180,32 @@ def test_the_repository_is_gone(host):
     assert database.health(host)[1]["problems"] == []
 
 
+def test_the_program_of_the_backups_is_gone(host):
+    """As after an apt that took it away: told at once, with the job that failed, and brought."""
+    host.run("apt-get remove -qq -y pgbackrest")
+    unit = "autobot-slm-backup-differential"
+    host.run(f"systemctl start {unit}", check=False)
+    report = database.health(host)[1]
+    assert [line for line in report["problems"] if "pgBackRest is not installed" in line]
+    assert f"{unit} failed (exit-code 203)" in " | ".join(report["warnings"])
+    host.run(f"{FORMULA}/bin/apply slm_database.backup", timeout=900)
+    assert database.health(host)[1]["problems"] == []
+    host.run(f"systemctl start {unit}")
+    assert f"{unit} failed" not in " | ".join(database.health(host)[1]["warnings"])
+
+
+def test_an_instance_that_is_lost_alone(host):
+    """What the host has of its own is all that it takes."""
+    before, secret = sql(host, "SELECT count(*) FROM nodes"), host.read(SECRETS)
+    call(host, "slmdb_backup.settle")
+    host.run(f"systemctl stop {database.UNIT} && pg_dropcluster 15 main")
+    (problem,) = database.health(host)[1]["problems"]
+    assert "state.apply slm_database.recovery brings it back" in problem
+    said = typed(host, "lost instance")
+    assert "The database is healthy." in said[0]
+    assert (sql(host, "SELECT count(*) FROM nodes"), host.read(SECRETS)) == (before, secret)
+
+
 def test_a_host_whose_secrets_are_lost(host):
     """The repository and its key bring the data back, and a new password is allowed."""
     before = host.read(SECRETS)
