@@ -185,7 +185,7 @@ def test_a_run_of_the_formula_makes_no_empty_instance_meanwhile(other, lost):
     """Between the two steps the ordinary run stops."""
     unpack(other, lost)
     (line,) = failures(other, "slm_database.instance")
-    assert "holds no data; mount it if a mount is missing, or bring the data back" in line
+    assert "holds no data; mount it if a mount is missing, or state.apply slm_database.rec" in line
     assert not DATA.exists()
 
 
