@@ -29,6 +29,7 @@ TAIL = 256 * 1024
 PATIENCE = 0.5  # seconds for a repository's disk, more if the report's own time is a long one
 DISK_PROBLEM, DISK_WARNING = 3.0, 10.0  # per cent free, as for the data's disk
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
+AHEAD = 3600  # seconds by which a moment of the past may seem to come
 JOB = "autobot-slm-backup-"  # how the units of the schedule begin
 LABEL = re.compile(r"\d{8}-\d{6}F(?:_\d{8}-\d{6}[DI])?")
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+ P\d+ +[A-Z]+: (.*)")
@@ -616,7 +617,13 @@ def _proof(
         yield True, f"the restore drill of {last['at']} failed: {why}"
     proven, limit = found["drill"]["proven"], limits["proven_restore"]
     age = now - ((proven and _seconds(proven["at"])) or began)
-    if age > _limit(limit):
+    if proven and age < -AHEAD:
+        yield (
+            False,
+            f"the last proven restore is of {proven['at']}, which is still to come: the clock was "
+            "set back, and its age means nothing; slmdb_backup.drill makes one",
+        )
+    elif age > _limit(limit):
         what = "the last proven restore is" if proven else "no restore was proven for"
         old = " old" if proven else ""
         yield True, f"{what} {_words(age)}{old}, limit {limit}; slmdb_backup.drill makes one"

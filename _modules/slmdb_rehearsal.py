@@ -147,19 +147,10 @@ def _initialise(found: dict[str, Any]) -> None:
     program = f"{found['bin_directory']}/initdb"
     options = ["--no-sync", "--no-instructions", "--auth=trust", "--encoding=UTF8", "--locale=C"]
     words = [program, "-D", f"{DIRECTORY}/data", "-U", found["user"], *options]
-    answer = subprocess.run(
-        __salt__["slmdb_program.command"](*words, end="QUIT"),
-        cwd=DIRECTORY,
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    if answer.returncode:
-        killed = __salt__["slmdb_program.fate"](answer.returncode)
-        lines = answer.stdout.decode(errors="replace").strip().splitlines() or ["no output"]
-        raise CommandExecutionError(f"initdb of a scratch instance: {killed or lines[-1]}")
+    try:
+        __salt__["slmdb_program.run"](*words, as_server=True, environment=_environment())
+    except CommandExecutionError as err:
+        raise CommandExecutionError(f"a scratch instance: {err.strerror}") from None
 
 
 def _copy_configuration(found: dict[str, Any], conf: str) -> None:

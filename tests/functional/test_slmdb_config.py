@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -451,3 +452,16 @@ def test_a_clean_brings_back_what_was_there(settled):
     assert not CONF.exists()
     assert "local   all             all" in (CONF.parents[1] / "pg_hba.conf").read_text()
     assert settled.call("slmdb_server.available")
+
+
+def test_a_disk_without_room_for_a_scratch_instance_is_called_that(minions):
+    """Not what initdb says last, which is that it tidies up."""
+    worlds.fresh()
+    minion = minions()
+    small = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/var/lib/postgresql"]
+    subprocess.run(small, check=True)
+    try:
+        with pytest.raises(CommandExecutionError, match=r"scratch instance: .*No space left"):
+            minion.call("slmdb_rehearsal.check", "work_mem = '9MB'")
+    finally:
+        subprocess.run(["umount", "/var/lib/postgresql"], check=True)

@@ -138,6 +138,10 @@ def test_a_problem(judge, changed, words):
         ),
         ({"wal__mode": "off"}, "archive_mode waits for a restart"),
         (
+            {"drill__proven": {"at": "2029-01-14T08:00:00Z", "proven": True}},
+            "the last proven restore is of 2029-01-14T08:00:00Z, which is still to come",
+        ),
+        (
             {"wal__failing": {"wal": "W", "since": None}, "wal__reason": "no space"},
             "WAL segment W cannot be archived: no space",
         ),
