@@ -274,9 +274,11 @@ def _unit(found: dict[str, Any]) -> dict[str, Any]:
         return {"name": found["unit"], "state": "skipped: no systemd"}
     state = __salt__["slmdb_service.unit_state"]()
     ours = f"/{found['unit']}.service.d/"
+    broken = not found["running"] and state.get("ActiveState") in ("failed", "activating")
     return {
         "name": found["unit"],
         "state": state.get("ActiveState", "unknown"),
+        "last_words": __salt__["slmdb_service.last_words"]() if broken else None,
         "enabled": state.get("UnitFileState", ""),
         "is_the_server": bool(found["pid"]) and state.get("MainPID") == found["pid"],
         "drop_ins": [one for one in state.get("DropInPaths", "").split() if ours in one],

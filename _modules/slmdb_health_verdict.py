@@ -90,7 +90,8 @@ def _server(report: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
     if known and server["running"] and not unit["is_the_server"]:
         yield f"{OUTSIDE} {unit['name']}, which is {state}: a restart that is permitted moves it"
     elif known and state != "active":
-        yield f"the unit {unit['name']} is {state}"
+        words = unit.get("last_words")
+        yield f"the unit {unit['name']} is {state}{f': {words}' if words else ''}"
     parked = any(row["name"] == "port" for row in report["pending"])
     if server["port"] != settings["port"] and not parked:
         yield f"slm_database:port: {settings['port']} is wanted, the server has {server['port']}"

@@ -51,12 +51,21 @@ def _why(answer: dict) -> str:
     found = __salt__["slmdb_instance.facts"]()
     text = answer["stderr"] or answer["stdout"]
     if found["systemd"]:
-        journal = ["journalctl", "-q", "--no-pager", "-o", "cat", "-n", "30", "-u", found["unit"]]
         # What the server said last may be on its way there.
         __salt__["cmd.run_all"](["journalctl", "--sync"], python_shell=False, ignore_retcode=True)
-        text = __salt__["cmd.run_all"](journal, python_shell=False)["stdout"] or text
+        command = _journal(found["unit"])
+        text = __salt__["cmd.run_all"](command, python_shell=False)["stdout"] or text
     lines = [line for line in text.strip().splitlines() if not _SESSION.search(line)]
     lines = lines or (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
+    return _error(lines) or lines[-1]
+
+
+def _journal(unit: str) -> list[str]:
+    return ["journalctl", "-q", "--no-pager", "-o", "cat", "-n", "30", "-u", unit]
+
+
+def _error(lines: list[str]) -> str | None:
+    """The last error that there is."""
     for number, line in reversed(list(enumerate(lines))):
         for word in ("FATAL:", "PANIC:", "ERROR:"):
             if word in line:
@@ -64,7 +73,36 @@ def _why(answer: dict) -> str:
                 # Which errors a file contains is said before.
                 before = lines[max(number - 5, 0) : number] if "contains errors" in said else []
                 return "; ".join([*(_logged(one) for one in before if "LOG:" in one), said])
-    return lines[-1]
+    return None
+
+
+def last_words() -> str | None:
+    """
+    Say what the server said last where its unit does not bring it up.
+
+    CLI Example:
+
+    .. code-block:: bash
+
+        salt-call slmdb_service.last_words
+
+    Returns its last error in one line; ``None`` if there is none, systemd does not run this host,
+    or the journal does not answer within a second. Raises nothing.
+    """
+    unit = __salt__["slmdb_instance.facts"]()["unit"]
+    try:
+        said = subprocess.run(
+            _journal(unit),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=ANSWER_IN_REPORT,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return _error([line for line in said.splitlines() if not _SESSION.search(line)])
 
 
 def _logged(line: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -110,6 +111,21 @@ def test_a_restart_whose_systemctl_is_killed_goes_on(host):
         host.run("rm /usr/local/sbin/systemctl")
     assert database.postmaster(host) != before
     assert database.sql(host, "show shared_buffers") == "208MB"
+
+
+def test_a_report_of_a_server_that_does_not_start_says_why(host):
+    """In the server's own last words, before anybody looks into a log."""
+    auto = host.run("echo /var/lib/postgresql/*/main/postgresql.auto.conf").stdout.strip()
+    host.run(f"cp -a {auto} /root/auto.conf; echo {shlex.quote(UNKNOWN)} >>{auto}")
+    try:
+        host.run("systemctl restart autobot-slm-database", check=False)
+        status, report = database.health(host)
+    finally:
+        host.run(f"cp -a /root/auto.conf {auto}; systemctl reset-failed autobot-slm-database")
+        host.run("systemctl restart autobot-slm-database")
+    (line,) = [line for line in report["problems"] if line.startswith("the unit ")]
+    assert status != 0 and 'could not access file "nosuch"' in line
+    assert database.health(host)[1]["server"]["unit"]["last_words"] is None
 
 
 def test_what_waits_for_a_restart_waits_until_it_is_permitted(host):

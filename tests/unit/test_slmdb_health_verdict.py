@@ -126,6 +126,11 @@ def test_a_host_without_ipv6_is_no_worse_for_it(judge):
             "17 of the 17 connections that all may use are used: nobody else gets in",
         ),
         ("server.unit.state", "failed", "the unit autobot-slm-database is failed"),
+        (
+            "server.unit",
+            {"name": "u", "state": "failed", "is_the_server": True, "last_words": "no room"},
+            "the unit u is failed: no room",
+        ),
         ("server.unit.is_the_server", False, "runs outside its unit"),
         ("server.port", 5433, "slm_database:port: 5432 is wanted, the server has 5433"),
         ("server.in_recovery", True, "in recovery"),
