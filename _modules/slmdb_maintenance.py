@@ -270,7 +270,7 @@ def _do(job: dict[str, Any], step: str) -> bool:
     _tell(step, "begun")
     try:
         said = STEPS[step](job)
-    except (CommandExecutionError, SaltInvocationError) as err:
+    except (CommandExecutionError, SaltInvocationError, OSError) as err:
         job["failed"] = {"step": step, "comment": str(err), "server": _bring_up()}
         _tell(step, "failed", str(err))
         return False
