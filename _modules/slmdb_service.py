@@ -27,8 +27,12 @@ PARKED = "which waits for a window or an approval"
 # can wait as long as systemctl does.
 ANSWER, ANSWER_IN_REPORT = 30, 1
 
-# A line of /proc/PID/maps; dpkg's name for the old file may still be there.
-_REPLACED = re.compile(rb"/(?:usr|lib)\S*/([^/\s]+?)(?:\.dpkg-\w+)? \(deleted\)$", re.MULTILINE)
+# Lines of /proc/PID/maps: the program and its libraries, but for caches and locales, which others
+# write anew at any time; dpkg's name for the old file may still be there.
+_REPLACED = re.compile(
+    rb"\s/(?:usr|lib)\S*/(postgres|[^/\s]+\.so(?:\.[\d.]+)?)(?:\.dpkg-\w+)? \(deleted\)$",
+    re.MULTILINE,
+)
 
 
 def __virtual__() -> str:
