@@ -93,13 +93,16 @@ def _moment(seconds: float | None) -> str | None:
 
 
 def _without() -> float | None:
-    """Since when there is an instance, if no run of the whole formula was ever completed."""
+    """Since when an instance is configured, if no run of the whole formula was ever completed."""
     if __salt__["slmdb_pillar.recorded"]():
         return None
-    data = __salt__["slmdb_instance.facts"]()["data_directory"]
-    with contextlib.suppress(OSError):
-        return os.stat(os.path.join(data, "PG_VERSION")).st_mtime  # as initdb wrote it
-    return None
+    found = __salt__["slmdb_instance.facts"]()
+    moments = []
+    # As initdb wrote it; of an older install, as a run wrote it first, or since.
+    for path in (os.path.join(found["data_directory"], "PG_VERSION"), found["conf_file"]):
+        with contextlib.suppress(OSError):
+            moments.append(os.stat(path).st_mtime)
+    return max(moments, default=None)
 
 
 def _kept(path: str) -> dict[str, Any]:
@@ -378,7 +381,8 @@ def _why(text: str) -> str | None:
     reasons = __salt__["slmdb_pgbackrest.errors"](rest)
     if reasons:
         return reasons[-1]
-    return f"sh: {rest.splitlines()[0]}" if shell else None
+    line, _, _ = rest.partition("\n")
+    return f"sh: {line}" if shell else None
 
 
 def _status() -> str:

@@ -27,16 +27,18 @@ __virtualname__ = "slmdb_health"
 # many files that the report would come late.
 LARGE_CATALOGUE = 1024 * 1024
 LATE = "the server did not answer in time"
-# Shorter waits for a lock are a busy application's own affair. Of very many who wait a report looks
-# at those who waited longest.
-LONG_WAIT = 60  # seconds
-WAITERS = 100
+# Shorter waits for a lock are a busy application's own affair, and so are those for an advisory
+# one: a standby may wait for its turn for ever. Of very many who wait a report looks at those who
+# waited longest.
+IN_REPORT = {"longer": 60, "waiters": 100, "advisory": False}  # longer: seconds
+IN_FULL = {"longer": 0, "waiters": None, "advisory": True}
 
 STAMP = """AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'"""
 # Who holds others up and waits for nobody, with all who wait behind; 0 is a prepared transaction.
 BLOCKERS = f"""
 WITH RECURSIVE waiting AS (
-       SELECT pid, min(waitstart) AS since FROM pg_locks WHERE NOT granted GROUP BY pid
+       SELECT pid, min(waitstart) AS since FROM pg_locks
+        WHERE NOT granted AND (%(advisory)s OR locktype <> 'advisory') GROUP BY pid
      ), edges AS (
        SELECT pid, since, unnest(pg_blocking_pids(pid)) AS blocker
          FROM (SELECT * FROM waiting ORDER BY since LIMIT %(waiters)s) longest
@@ -82,7 +84,8 @@ SELECT current_setting('server_version') AS version,
                 SELECT json_build_object('pid', pid, 'started', to_char(backend_start {STAMP})),
                        greatest(age(backend_xmin), age(backend_xid))
                   FROM pg_stat_get_activity(NULL)
-                 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()) held
+                 WHERE backend_type IN ('client backend', 'walsender')
+                   AND pid <> pg_backend_pid()) held
          WHERE age IS NOT NULL ORDER BY age DESC LIMIT 1) AS oldest_snapshot,
        (SELECT json_agg(json_build_object('name', slot_name, 'status', wal_status,
                'bytes', pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
@@ -388,9 +391,8 @@ def missing_tables(tables: list[str], database: str) -> list[str]:
     return [row["name"] for row in _tables(tables, database) if row["owner"] is None]
 
 
-def _blockers(longer: int, waiters: int | None) -> list[dict[str, Any]]:
-    """If anybody waits so many seconds, for whom all do; of so many who wait, or of all."""
-    return __salt__["slmdb_server.query"](BLOCKERS, {"longer": longer, "waiters": waiters})
+def _blockers() -> list[dict[str, Any]]:
+    return __salt__["slmdb_server.query"](BLOCKERS, IN_REPORT)
 
 
 def blockers() -> list[dict[str, Any]]:
@@ -406,7 +408,7 @@ def blockers() -> list[dict[str, Any]]:
     Returns what ``slmdb_session.blocking`` does. Raises ``CommandExecutionError`` if the server
     cannot be asked.
     """
-    return _blockers(0, None)
+    return __salt__["slmdb_server.query"](BLOCKERS, IN_FULL)
 
 
 def _beside(settings: dict[str, Any]) -> list[str]:
@@ -590,7 +592,7 @@ def _fill(
         isready, row = _knock(parts, settings, found, first)
         until(moment if row else time.monotonic())
         if row.get("waiting"):  # mostly nobody does, and planning it takes milliseconds
-            row["blockers"] = parts.get("locks", _blockers, LONG_WAIT, WAITERS)
+            row["blockers"] = parts.get("locks", _blockers)
         if row.get("owner"):
             inside = parts.get("database", _about_database, settings, moment, default={})
             for what in ("missing", "forbidden"):

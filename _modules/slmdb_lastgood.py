@@ -160,7 +160,7 @@ def _attempt(verb: str) -> None:
     except CommandExecutionError as err:
         words = str(err.strerror)
     # Nor is it one if the server of before goes on: nobody has tried the configuration yet.
-    if __salt__["slmdb_server.available"]() and __salt__["slmdb_instance.facts"]()["pid"] == before:
+    if before and __salt__["slmdb_instance.facts"]()["pid"] == before:
         raise CommandExecutionError(f"the server was not {verb}ed: {words}")
     if not restore():
         raise CommandExecutionError(f"the server did not start: {_placed(words)}")

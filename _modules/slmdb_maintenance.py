@@ -255,7 +255,7 @@ def _bring_up() -> str:
     if __salt__["slmdb_server.available"]():
         return "the server is up"
     if __salt__["slmdb_instance.facts"]()["running"]:
-        return "the server runs and was left alone, though it does not let the formula in"
+        return "the server runs and was left alone, though it does not answer the formula"
     try:
         __salt__["slmdb_lastgood.start"]()
     except CommandExecutionError as err:

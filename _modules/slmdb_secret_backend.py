@@ -86,8 +86,8 @@ def former(changes: dict[str, Any]) -> str | None:
     if _state().get("ActiveState") not in _RUNNING:
         return None
     return (
-        f"{_unit()} still has the password with which it was started; if that is the former one it "
-        f"can open no new session: systemctl restart {_unit()}"
+        f"{_unit()} keeps the password with which it was started; if that is the former one it can "
+        f"open no new session from then on: systemctl restart {_unit()} after this run"
     )
 
 

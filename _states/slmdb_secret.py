@@ -55,7 +55,7 @@ def present(name: str, **wanted: Any) -> dict:
     """
     wanted = {key: value for key, value in wanted.items() if not key.startswith("__")}
     answer = __states__["slmdb.converge"](name, "slmdb_secret", wanted, server=True)
-    changes = answer["changes"]
+    changes = answer["changes"] if answer["result"] is not False else {}
     former = __salt__["slmdb_secret_backend.former"](changes) if changes else None
     return {**answer, "warnings": [former]} if former else answer
 

@@ -152,7 +152,11 @@ write_config() {
     ! compgen -G '/etc/salt/minion.d/*.conf' >/dev/null || echo '  - /etc/salt/minion.d/*.conf'
     echo "  - $CONFIG/masterless.conf"
   } | replace "$CONFIG/minion"
-  if [ -e /etc/salt/grains ]; then ln -sfn /etc/salt/grains "$CONFIG/grains"; else rm -f "$CONFIG/grains"; fi
+  if [ ! -e /etc/salt/grains ]; then
+    rm -f "$CONFIG/grains"
+  elif [ "$(readlink "$CONFIG/grains" || true)" != /etc/salt/grains ]; then
+    ln -sfn /etc/salt/grains "$CONFIG/grains"
+  fi
 }
 
 # Replaces a file with what comes in, if it differs: a report comes on a full disk as well. Two runs

@@ -121,7 +121,9 @@ def test_a_run_that_never_came_to_an_end_is_not_well_for_ever(host):
     """Backups are wanted and none will be made: well for as long as a backup may be old."""
     SINCE.unlink()
     version = STATUS.parents[1] / "PG_VERSION"
-    earlier(version, 30)
+    conf = Path("/etc/postgresql/15/main/conf.d/50-autobot-slm.conf")
+    for path in (version, conf):
+        earlier(path, 30)
     # A run was completed, without them: they were switched on since.
     assert "backups are not set up yet; state.apply slm_database.b" in said(host, "warnings")
     assert said(host) == ""
@@ -129,9 +131,12 @@ def test_a_run_that_never_came_to_an_end_is_not_well_for_ever(host):
     assert said(host).startswith(
         "backups are not set up for 30 h, limit 26h: no run of the whole formula was completed"
     )
-    os.utime(version)
-    assert said(host) == ""
-    assert "backups are not set up yet: no run of the whole" in said(host, "warnings")
+    # An instance that was just made, and an older one to which the formula has just come.
+    for path in (version, conf):
+        os.utime(path)
+        assert said(host) == ""
+        assert "backups are not set up yet: no run of the whole" in said(host, "warnings")
+        earlier(path, 30)
 
 
 @pytest.mark.once

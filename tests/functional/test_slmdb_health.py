@@ -730,12 +730,8 @@ def test_sessions_that_wait_for_a_lock(minion, monkeypatch):
     login = {"user": "autobot_slm", "dbname": "autobot_slm", "host": "/var/run/postgresql"}
     holder, waiter = psycopg2.connect(**login), psycopg2.connect(**login, async_=True)
     execute(minion, "GRANT ALL ON held TO autobot_slm", "autobot_slm")
-    for names, constant in (
-        ("health.report", "LONG_WAIT"),
-        ("health_verdict.judge", "WAIT_PROBLEM"),
-    ):
-        where = minion.modules[f"slmdb_{names}"].func.__globals__
-        monkeypatch.setitem(where, constant, where[constant])
+    health = minion.modules["slmdb_health.report"].func.__globals__
+    verdict = minion.modules["slmdb_health_verdict.judge"].func.__globals__
     try:
         holder.cursor().execute("SELECT 'canary' FROM held; LOCK TABLE held")
         psycopg2.extras.wait_select(waiter)
@@ -744,7 +740,7 @@ def test_sessions_that_wait_for_a_lock(minion, monkeypatch):
         answer = ask(minion)
         assert answer["capacity"]["waiting"] == 1 and answer["capacity"]["blockers"] == []
         assert "lock" not in " | ".join(answer["problems"] + answer["warnings"])
-        minion.modules["slmdb_health.report"].func.__globals__["LONG_WAIT"] = 1
+        monkeypatch.setitem(health["IN_REPORT"], "longer", 1)
         answer = ask(minion)
         (row,) = answer["capacity"]["blockers"]
         assert row["pid"] == holder.info.backend_pid and "canary" not in json.dumps(answer)
@@ -754,13 +750,35 @@ def test_sessions_that_wait_for_a_lock(minion, monkeypatch):
         )
         end = f"slmdb_session.end pid={row['pid']} started='{row['started']}' ends it"
         assert line.endswith(end)
-        minion.modules["slmdb_health_verdict.judge"].func.__globals__["WAIT_PROBLEM"] = 1
+        monkeypatch.setitem(verdict, "WAIT_PROBLEM", 1)
         assert f"held by pid {row['pid']}, user autobot_slm" in problems(minion)
     finally:
         holder.close()
         waiter.close()
         execute(minion, "DROP TABLE held", "autobot_slm")
     assert ask(minion)["capacity"]["waiting"] == 0
+
+
+def test_who_waits_for_an_advisory_lock_may_do_so_for_ever(minion, monkeypatch):
+    """As a standby of an application does; whoever asks for it sees it."""
+    health = minion.modules["slmdb_health.report"].func.__globals__
+    monkeypatch.setitem(health["IN_REPORT"], "longer", 1)
+    login = {"user": "autobot_slm", "dbname": "autobot_slm", "host": "/var/run/postgresql"}
+    leader, standby = psycopg2.connect(**login), psycopg2.connect(**login, async_=True)
+    try:
+        leader.cursor().execute("SELECT pg_advisory_lock(1)")
+        psycopg2.extras.wait_select(standby)
+        standby.cursor().execute("SELECT pg_advisory_lock(1)")
+        until(lambda: ask(minion)["capacity"]["waiting"] == 1)
+        time.sleep(1.1)
+        answer = ask(minion)
+        assert answer["capacity"]["blockers"] == []
+        assert "lock" not in " | ".join(answer["problems"] + answer["warnings"])
+        (row,) = minion.call("slmdb_session.blocking")
+        assert row["pid"] == leader.info.backend_pid
+    finally:
+        leader.close()
+        standby.close()
 
 
 def test_a_replication_slot_that_nobody_uses(minion, monkeypatch):

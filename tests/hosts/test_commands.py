@@ -160,6 +160,45 @@ def test_an_interrupted_run_is_no_success(host, kill, status, line):
     assert "health" not in said
 
 
+def test_an_interrupted_run_ends_where_nobody_reaps(host):
+    """In a container whose first process is no init what has ended stays in the list."""
+    host.run("rm -f /root/until* /root/said")
+    host.write(
+        "/root/contained",
+        f"""
+        {FORMULA}/bin/apply --file-root=/srv/other \\
+          pillar='{{fine: true, until: /root/until}}' >/root/said 2>&1 & apply=$!
+        (
+          until [ -s /root/until.pid ]; do sleep 0.1; done
+          kill $apply; sleep 1; touch /root/until
+        ) &
+        exec sleep 1000
+        """,
+    )
+    host.run(
+        """
+        unshare --pid --fork --kill-child --mount-proc bash /root/contained >/dev/null 2>&1 &
+        contained=$!
+        timeout 60 sh -c 'until grep -qs "Interrupted by SIGTERM" /root/said; do sleep 0.2; done'
+        ended=$?
+        kill $contained
+        cat /root/said
+        exit $ended
+        """
+    )
+
+
+def test_a_full_disk_of_logs_holds_nobody_up(host):
+    """The run ends, with its result."""
+    logs = "/var/log/autobot-slm-database"
+    host.run(f"mount -t tmpfs -o size=64k tmpfs {logs}; cat /dev/zero >{logs}/zeros", check=False)
+    try:
+        command = f"{FORMULA}/bin/apply --file-root=/srv/other test=True pillar='{{fine: true}}'"
+        assert "Succeeded: 1" in host.run(command, timeout=100).stdout
+    finally:
+        host.run(f"umount --lazy {logs}")
+
+
 def test_an_interrupted_call_is_no_success(host):
     """Whoever calls bin/salt-call from cron or a script learns that nothing was done."""
     for number in ("TERM", "INT"):
