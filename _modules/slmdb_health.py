@@ -84,8 +84,7 @@ SELECT current_setting('server_version') AS version,
                 SELECT json_build_object('pid', pid, 'started', to_char(backend_start {STAMP})),
                        greatest(age(backend_xmin), age(backend_xid))
                   FROM pg_stat_get_activity(NULL)
-                 WHERE backend_type IN ('client backend', 'walsender')
-                   AND pid <> pg_backend_pid()) held
+                 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()) held
          WHERE age IS NOT NULL ORDER BY age DESC LIMIT 1) AS oldest_snapshot,
        (SELECT json_agg(json_build_object('name', slot_name, 'status', wal_status,
                'bytes', pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
