@@ -53,6 +53,7 @@ def listen(
     before: Sequence[str] = (),
     umask: int = -1,
     environment: dict[str, str] | None = None,
+    timeout: float | None = None,
 ) -> tuple[int, str, str]:
     """
     Run a program to its end, whatever that is.
@@ -73,9 +74,11 @@ def listen(
         Its mask of permissions; -1: ours.
     environment
         What it needs besides the path and a language that everybody reads.
+    timeout
+        Seconds after which it is killed; ``None``: it has all the time that it needs.
 
     Returns its status, and what it wrote to its output and as errors. Raises
-    ``CommandExecutionError`` if it cannot be run.
+    ``CommandExecutionError`` if it cannot be run, or is killed for taking too long.
     """
     line = [*before, *words]
     if as_server:
@@ -91,10 +94,13 @@ def listen(
             encoding="utf-8",
             errors="replace",
             umask=umask,
+            timeout=timeout,
             check=False,
         )
     except OSError as err:
         raise CommandExecutionError(f"{words[0]} cannot be run: {err.strerror}") from err
+    except subprocess.TimeoutExpired:
+        raise CommandExecutionError(f"{words[0]} did not end within {timeout} s") from None
     return done.returncode, done.stdout, done.stderr
 
 

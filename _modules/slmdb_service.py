@@ -53,19 +53,22 @@ def _failed(command: list[str], answer: dict) -> CommandExecutionError:
 def _why(answer: dict) -> str:
     """The server's own last error where it can be had, else what the command said."""
     found = __salt__["slmdb_instance.facts"]()
-    text = answer["stderr"] or answer["stdout"]
+    text = said = answer["stderr"] or answer["stdout"]
     if found["systemd"]:
         # What the server said last may be on its way there.
         __salt__["cmd.run_all"](["journalctl", "--sync"], python_shell=False, ignore_retcode=True)
         command = _journal(found["unit"])
         text = __salt__["cmd.run_all"](command, python_shell=False)["stdout"] or text
-    lines = [line for line in text.strip().splitlines() if not _SESSION.search(line)]
-    lines = lines or (answer["stderr"] or answer["stdout"]).strip().splitlines() or ["no output"]
+    lines = _of_the_server(text) or said.strip().splitlines() or ["no output"]
     return _error(lines) or lines[-1]
 
 
 def _journal(unit: str) -> list[str]:
     return ["journalctl", "-q", "--no-pager", "-o", "cat", "-n", "30", "-u", unit]
+
+
+def _of_the_server(text: str) -> list[str]:
+    return [line for line in text.strip().splitlines() if not _SESSION.search(line)]
 
 
 def _error(lines: list[str]) -> str | None:
@@ -93,20 +96,12 @@ def last_words() -> str | None:
     Returns its last error in one line; ``None`` if there is none, systemd does not run this host,
     or the journal does not answer within a second. Raises nothing.
     """
-    unit = __salt__["slmdb_instance.facts"]()["unit"]
+    command = _journal(__salt__["slmdb_instance.facts"]()["unit"])
     try:
-        said = subprocess.run(
-            _journal(unit),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=ANSWER_IN_REPORT,
-            check=False,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        _, said, _ = __salt__["slmdb_program.listen"](*command, timeout=ANSWER_IN_REPORT)
+    except CommandExecutionError:
         return None
-    return _error([line for line in said.splitlines() if not _SESSION.search(line)])
+    return _error(_of_the_server(said))
 
 
 def _logged(line: str) -> str:

@@ -61,3 +61,9 @@ def test_one_that_may_fail_is_listened_to(host):
     """Its status is told, and both of its outputs."""
     heard = host.call("slmdb_program.listen", "sh", "-c", "echo out; echo err >&2; exit 4")
     assert heard == (4, "out\n", "err\n")
+
+
+def test_a_program_that_takes_too_long_is_killed(host):
+    """And that is called what it is."""
+    with pytest.raises(CommandExecutionError, match=r"^/usr/bin/sleep did not end within 0\.1 s$"):
+        host.call("slmdb_program.listen", "/usr/bin/sleep", "100", timeout=0.1)
